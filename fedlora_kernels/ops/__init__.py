@@ -1,0 +1,32 @@
+"""The torch operators ``torch.ops.fedlora.*`` and their Python faces, one file per stage.
+
+    gram -> spectrum + select_rank | surrogate | nothing -> combine | weighted_sum
+
+Every operator takes a whole batch of L modules of one shape. The faces raise ValueError or
+TypeError on bad arguments; the raw operators raise RuntimeError with the same text.
+"""
+
+from fedlora_kernels.ops.combine import combine, combine_list
+from fedlora_kernels.ops.flora_na import flora_na, flora_na_list
+from fedlora_kernels.ops.gram import gram, gram_list
+from fedlora_kernels.ops.rank import select_rank
+from fedlora_kernels.ops.spectrum import spectrum
+from fedlora_kernels.ops.stacked_svd import stacked_svd, stacked_svd_list
+from fedlora_kernels.ops.surrogate import surrogate
+from fedlora_kernels.ops.weighted_sum import weighted_sum, weighted_sum_list
+
+__all__ = [
+    "combine",
+    "combine_list",
+    "flora_na",
+    "flora_na_list",
+    "gram",
+    "gram_list",
+    "select_rank",
+    "spectrum",
+    "stacked_svd",
+    "stacked_svd_list",
+    "surrogate",
+    "weighted_sum",
+    "weighted_sum_list",
+]
