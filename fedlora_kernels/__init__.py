@@ -10,13 +10,19 @@ Importing the package registers the operators ``torch.ops.fedlora.*``. Without t
 still succeeds; the names that need torch then raise an ImportError that says so.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fedlora_kernels.backend import Backend, backend, backends
 
-if TYPE_CHECKING:
+try:
+    import torch as _torch  # noqa: F401 - only asked for
+except ImportError:
+    _HAS_TORCH = False
+else:
+    _HAS_TORCH = True
+
+if TYPE_CHECKING or _HAS_TORCH:
+    from fedlora_kernels import ops  # registers torch.ops.fedlora
     from fedlora_kernels.adapter import Adapter, AdapterError, Factors
     from fedlora_kernels.aggregate import Aggregation, aggregate
     from fedlora_kernels.report import ModuleReport, Report
@@ -36,31 +42,13 @@ __all__ = [
     "aggregate",
     "backend",
     "backends",
+    "ops",
     "rules",
 ]
-
-_HOMES = {
-    "Adapter": "adapter",
-    "AdapterError": "adapter",
-    "Factors": "adapter",
-    "Aggregation": "aggregate",
-    "aggregate": "aggregate",
-    "ModuleReport": "report",
-    "Report": "report",
-    "Rule": "rules",
-    "rules": "rules",
-}
-
-if find_spec("torch") is not None:
-    import fedlora_kernels.ops  # registers torch.ops.fedlora
-    from fedlora_kernels.adapter import Adapter, AdapterError, Factors
-    from fedlora_kernels.aggregate import Aggregation, aggregate
-    from fedlora_kernels.report import ModuleReport, Report
-    from fedlora_kernels.rules import Rule, rules
 
 
 def __getattr__(name: str) -> object:
     """Names that need torch, asked for where torch is missing."""
-    if name in _HOMES:
+    if name in __all__:
         raise ImportError(f"fedlora_kernels.{name} needs torch, which is not installed")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -66,9 +66,7 @@ def _check_mixing(modules: int, weights: Tensor, scale: Tensor, precision: str) 
     checks.precision(precision)
 
 
-def _check(
-    b: Tensor, a: Tensor, weights: Tensor, scale: Tensor, precision: str = "exact"
-) -> None:
+def _check(b: Tensor, a: Tensor, weights: Tensor, scale: Tensor, precision: str = "exact") -> None:
     checks.pair(b, a)
     _check_mixing(b.shape[0], weights, scale, precision)
     if weights.shape[0] == 0 or b.shape[2] % weights.shape[0]:

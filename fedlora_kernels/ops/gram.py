@@ -75,9 +75,7 @@ def _check(x: Tensor, rows: bool, precision: str = "exact") -> None:
     checks.precision(precision)
 
 
-def _check_list(
-    x: Sequence[Tensor], modules: int, rows: bool, precision: str = "exact"
-) -> None:
+def _check_list(x: Sequence[Tensor], modules: int, rows: bool, precision: str = "exact") -> None:
     checks.factor_list("x", x, modules)
     checks.precision(precision)
 

@@ -13,7 +13,7 @@ import torch
 
 from fedlora_kernels.backend import backend
 
-_library = torch.library.Library("fedlora", "DEF")  # noqa: TOR901 - lives as long as the process
+_library = torch.library.Library("fedlora", "DEF")
 
 
 def declare(

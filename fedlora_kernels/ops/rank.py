@@ -39,9 +39,7 @@ def select_rank(
     return result
 
 
-def _check(
-    sigma: Tensor, total_energy: Tensor, energy: float, max_rank: int | None = None
-) -> None:
+def _check(sigma: Tensor, total_energy: Tensor, energy: float, max_rank: int | None = None) -> None:
     checks.dimensions("sigma", sigma, 2)
     checks.double("sigma", sigma)
     checks.double("total_energy", total_energy)

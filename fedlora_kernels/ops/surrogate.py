@@ -55,9 +55,7 @@ def surrogate(
         TypeError: a Gram matrix is not float64.
     """
     _check(gram_b, gram_a, weights, scale, max_sweeps, tol)
-    result: Surrogate = torch.ops.fedlora.surrogate(
-        gram_b, gram_a, weights, scale, max_sweeps, tol
-    )
+    result: Surrogate = torch.ops.fedlora.surrogate(gram_b, gram_a, weights, scale, max_sweeps, tol)
     return result
 
 
@@ -135,7 +133,8 @@ def _composed(
 
 def _blocks(gram: Tensor, clients: int) -> Tensor:
     """[L,R,R] as blocks between clients, [L,K,K,r,r]."""
-    return gram.unflatten(2, (clients, -1)).unflatten(1, (clients, -1)).transpose(2, 3)
+    split: Tensor = gram.unflatten(2, (clients, -1)).unflatten(1, (clients, -1))
+    return split.transpose(2, 3)
 
 
 def _cross(blocks_b: Tensor, blocks_a: Tensor, weights: Tensor) -> Tensor:
@@ -146,7 +145,8 @@ def _cross(blocks_b: Tensor, blocks_a: Tensor, weights: Tensor) -> Tensor:
 
 def _quadratic(flat: Tensor, mixing: Tensor) -> Tensor:
     """S = sum_{vv'} p_v p_v' G^{vv'} for each start, [L,2,r*r]."""
-    return (mixing[:, :, :, None] * mixing[:, :, None, :]).flatten(2) @ flat
+    outer = mixing[:, :, :, None] * mixing[:, :, None, :]
+    return outer.flatten(2) @ flat
 
 
 def _objective(
@@ -170,7 +170,8 @@ def _step(flat: Tensor, other_flat: Tensor, other: Tensor, cross: Tensor) -> Ten
     noise = 16 * clients * torch.finfo(torch.float64).eps * values[..., -1:]
     inverse = torch.where(values > noise, 1 / values, 0)
     right = other @ cross.mT
-    return (vectors @ (inverse[..., None] * (vectors.mT @ right[..., None])))[..., 0]
+    solved: Tensor = vectors @ (inverse[..., None] * (vectors.mT @ right[..., None]))
+    return solved[..., 0]
 
 
 def _fake(

@@ -1,0 +1,283 @@
+"""aggregate: the clients' adapters in, the global adapter out.
+
+load -> stack -> gram -> rule (spectrum + rank | surrogate | nothing) -> combine -> report
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels import clients, folder, peft_format
+from fedlora_kernels.adapter import WRITTEN, Adapter, AdapterError, Factors
+from fedlora_kernels.grams import Grams
+from fedlora_kernels.report import CurvePoint, Report, curve, report
+from fedlora_kernels.rules import Rule, rules
+from fedlora_kernels.rules.solution import Coefficients, Mixture
+from fedlora_kernels.stack import Batch, stack
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """The result of one aggregation."""
+
+    rule: Rule
+    adapter: Adapter
+    """the global adapter (FedSA: the shared A, with B = 0)"""
+    residual: Adapter | None
+    """what the clients merge into the base beside the adapter (FedEx)"""
+    report: Report
+    """module -> rank, energy, relative_error, svd_floor"""
+    curve: list[CurvePoint]
+    """FLoRIST's rank against error, one point per entry of ``energies``"""
+    clients: Sequence[Adapter] = field(repr=False)
+    """the adapters that were aggregated"""
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """The state that travels back to every client."""
+        return _sent(self.adapter, self.rule)
+
+    def client_adapter(self, k: int) -> Adapter:
+        """What client k receives, ready to run.
+
+        FlexLoRA and HetLoRA: the leading r_k components in the client's own scaling. FedSA: the
+        shared A with the client's own B and head. The other rules: the global adapter.
+        """
+        if self.rule.receives == "global":
+            return self.adapter
+        client = self.clients[k]
+        if client.vera:
+            vera = {name: (b, self.adapter.vera[name][1]) for name, (b, _) in client.vera.items()}
+            return Adapter({}, client.config, vera=vera, extras=client.extras, name=client.name)
+        adapt = _with_own_b if self.rule.personal else _leading
+        factors = {
+            module: adapt(self.adapter.factors[module], own)
+            for module, own in client.factors.items()
+        }
+        extras = client.extras if self.rule.personal else self.adapter.extras
+        return Adapter(factors, client.config, extras=extras, name=client.name)
+
+    @property
+    def bytes_up(self) -> list[int]:
+        """Bytes that client k sent."""
+        return [_bytes(_sent(client, self.rule)) for client in self.clients]
+
+    @property
+    def bytes_down(self) -> list[int]:
+        """Bytes that client k receives, a residual included."""
+        extra = 0 if self.residual is None else self.residual.bytes
+        return [
+            extra + _bytes(_sent(self.client_adapter(k), self.rule))
+            for k in range(len(self.clients))
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write the global adapter as a PEFT folder, with report.json beside it, residual/ for
+        FedEx and clients/K/ where clients receive different adapters; all in one step.
+
+        Raises:
+            FileExistsError: the path is a file, or a non-empty folder that is no adapter.
+        """
+        with folder.replaced(Path(path), WRITTEN | {"clients"}) as made:
+            self.adapter.write(made)
+            described = {"rule": self.rule.name, "modules": self.report.as_dict()}
+            text = json.dumps(described, indent=2)
+            (made / "report.json").write_text(text + "\n", encoding="utf-8")
+            if self.residual is not None:
+                (made / "residual").mkdir()
+                self.residual.write(made / "residual")
+            if self.rule.receives != "global":
+                for k in range(len(self.clients)):
+                    (made / "clients" / str(k)).mkdir(parents=True)
+                    self.client_adapter(k).write(made / "clients" / str(k))
+
+
+def aggregate(
+    adapters: Sequence[Adapter],
+    *,
+    rule: str,
+    weights: Sequence[float] | None = None,
+    device: torch.device | str | None = None,
+    absent: str = "zero",
+    precision: str = "exact",
+    uniform_rank: bool = False,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Aggregation:
+    """Combine the clients' adapters into one.
+
+    Args:
+        adapters: the K clients of this round.
+        rule: a name from :func:`rules`.
+        weights: the clients' weights (numbers of examples, say), scaled to sum to 1; equal when
+            None.
+        device: where the work is done; where the adapters are when None.
+        absent: what a client without a module counts as: "zero", a zero update, or
+            "renormalise", as if it were not there.
+        precision: "exact" (float64 accumulation) or "fast" (float32 with promotion).
+        uniform_rank: pad every module with zeros to one rank, for servers that ignore PEFT's
+            rank_pattern.
+        dtype: of the result's factors; the clients' own when None.
+        **options: the rule's options, see ``rules()[rule].options``.
+
+    Returns:
+        The global adapter with its report; the input adapters are not changed.
+
+    Raises:
+        AdapterError: what the clients sent cannot be aggregated by this rule; the message names
+            the client and the module.
+        ValueError: the rule is unknown, or an option is out of range.
+        TypeError: the rule has no such option.
+    """
+    chosen = _rule(rule)
+    chosen.check_options(options)
+    clients.check(adapters, chosen)
+    shares = clients.normalised(weights, adapters)
+    batches = stack(adapters, shares, absent=absent, device=device)
+    grams = [Grams.of(batch, precision) for batch in batches]
+    _refuse_non_finite(grams)
+    solutions = chosen.solve(grams, **options)
+
+    rows = Report()
+    for batch_grams, solution in zip(grams, solutions, strict=True):
+        rows.update(report(batch_grams, solution))
+    parts = [solution.adapter for solution in solutions]
+    residuals = [solution.residual for solution in solutions if solution.residual is not None]
+    factors = _factors(batches, parts, adapters, uniform_rank, dtype)
+    extras = clients.average_extras(adapters, shares)
+    adapter = _global_adapter(chosen, adapters, factors, parts, extras, shares)
+    residual = None
+    if residuals:
+        rest = _factors(batches, residuals, adapters, uniform_rank, dtype)
+        residual = Adapter(rest, _config(adapters, rest, rslora=False))
+    return Aggregation(
+        chosen, adapter, residual, _sorted(rows), curve(grams, solutions), list(adapters)
+    )
+
+
+def _rule(name: str) -> Rule:
+    known = rules()
+    if name not in known:
+        raise ValueError(f"unknown rule {name!r}; expected one of {', '.join(known)}")
+    return known[name]
+
+
+def _refuse_non_finite(grams: Iterable[Grams]) -> None:
+    """NaN and Inf in live adapters (files are checked when read) show on the Grams' diagonals."""
+    for batch in grams:
+        for side, gram in (("B", batch.b), ("A", batch.a)):
+            bad = (~gram.diagonal(dim1=-2, dim2=-1).isfinite()).double() @ batch.membership
+            if bool(bad.any()):
+                module, client = (int(index) for index in bad.nonzero()[0])
+                raise AdapterError(
+                    f"{batch.labels[client]}, module {batch.modules[module]}: {side} holds NaN or "
+                    "Inf"
+                )
+
+
+def _factors(
+    batches: Sequence[Batch],
+    parts: Sequence[Coefficients],
+    adapters: Sequence[Adapter],
+    uniform_rank: bool,
+    dtype: torch.dtype | None,
+) -> dict[str, Factors]:
+    """combine | weighted_sum over the batches, each module cut to its own rank (at least 1)."""
+    embeddings = {
+        module
+        for adapter in adapters
+        for module, factors in adapter.factors.items()
+        if factors.embedding
+    }
+    widest = max(max(1, int(part.ranks.max())) for part in parts)
+    made = {}
+    for batch, part in zip(batches, parts, strict=True):
+        b_g, a_g = part.factors(batch)
+        b_g, a_g = b_g.to(dtype or b_g.dtype), a_g.to(dtype or a_g.dtype)
+        numbers = zip(part.ranks.tolist(), part.scaling.tolist(), strict=True)
+        for index, (rank, scaling) in enumerate(numbers):
+            width = max(1, rank)
+            b, a = b_g[index, :, :width].contiguous(), a_g[index, :width].contiguous()
+            if uniform_rank:
+                b = torch.nn.functional.pad(b, (0, widest - width))
+                a = torch.nn.functional.pad(a, (0, 0, 0, widest - width))
+            module = batch.modules[index]
+            made[module] = Factors(b, a, scaling, module in embeddings)
+    return dict(sorted(made.items()))
+
+
+def _global_adapter(
+    rule: Rule,
+    adapters: Sequence[Adapter],
+    factors: dict[str, Factors],
+    parts: Sequence[Coefficients],
+    extras: dict[str, Tensor],
+    shares: Tensor,
+) -> Adapter:
+    if adapters[0].vera:
+        vera = {}
+        for module, (lambda_b, lambda_d) in adapters[0].vera.items():
+            mean = torch.stack([adapter.vera[module][1].double() for adapter in adapters])
+            mean_d = (shares.to(mean) @ mean).to(lambda_d.dtype)
+            vera[module] = (torch.zeros_like(lambda_b), mean_d)
+        fixed = {key: extras[key] for key in clients.PROJECTIONS if key in extras}
+        config = {**adapters[0].config, "modules_to_save": None}
+        return Adapter({}, config, vera=vera, extras=fixed)
+    flags = {bool(adapter.config.get("use_rslora")) for adapter in adapters}
+    averaged = all(isinstance(part, Mixture) for part in parts)
+    config = _config(adapters, factors, rslora=averaged and flags == {True})
+    if rule.personal:  # B and the head stay with the clients
+        factors = {
+            name: replace(item, b=torch.zeros_like(item.b)) for name, item in factors.items()
+        }
+        config, extras = {**config, "modules_to_save": None}, {}
+    return Adapter(factors, config, extras=extras)
+
+
+def _config(
+    adapters: Sequence[Adapter], factors: Mapping[str, Factors], *, rslora: bool
+) -> peft_format.Config:
+    return peft_format.result_config(
+        adapters[0].config,
+        {module: item.rank for module, item in factors.items()},
+        {module: item.scaling for module, item in factors.items()},
+        rslora,
+    )
+
+
+def _with_own_b(shared: Factors, own: Factors) -> Factors:
+    return replace(own, a=shared.a.to(own.a))
+
+
+def _leading(shared: Factors, own: Factors) -> Factors:
+    """The first r_k components in the client's scaling, zero-padded where there are fewer."""
+    rank = min(own.rank, shared.rank)
+    b, a = torch.zeros_like(own.b), torch.zeros_like(own.a)
+    b[:, :rank] = shared.b[:, :rank] * (shared.scaling / own.scaling)
+    a[:rank] = shared.a[:rank]
+    return replace(own, b=b, a=a)
+
+
+def _sent(adapter: Adapter, rule: Rule) -> dict[str, Tensor]:
+    """The tensors of an adapter that travel under a rule."""
+    state = adapter.state_dict()
+    if rule.sends == "both":
+        return state
+    kept = {"a": (".lora_A.weight", ".lora_embedding_A", ".vera_lambda_d")}.get(
+        rule.sends, (".lora_B.weight", ".lora_embedding_B", ".vera_lambda_b")
+    )
+    heads = {} if rule.personal else adapter.extras
+    return {key: tensor for key, tensor in state.items() if key.endswith(kept) or key in heads}
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _sorted(rows: Report) -> Report:
+    return Report(sorted(rows.items()))

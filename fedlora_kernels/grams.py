@@ -1,0 +1,87 @@
+"""Grams: all that a rule sees of the clients' factors, two R x R matrices per module.
+
+G_B = B^T B    G_A = A A^T    D = diag(w_k s_k repeated r_k times)    dW = B D A
+||dW||^2             = <D G_B D, G_A>
+<dW_j, dW_k>         = s_j s_k <G_B^{jk}, G_A^{jk}>
+||dW - B X Y A||^2   = <E^T G_B E, G_A>  with E = D - X Y      (the form that does not cancel)
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels import ops
+from fedlora_kernels.stack import Batch
+
+
+@dataclass(frozen=True)
+class Grams:
+    """The Gram matrices of one batch of L modules, with the clients' weights and scalings."""
+
+    modules: tuple[str, ...]
+    labels: tuple[str, ...]
+    ranks: tuple[int, ...]
+    size: tuple[int, int]
+    """(m, n)"""
+    weights: Tensor
+    """[K] float64"""
+    scalings: Tensor
+    """[L,K] float64"""
+    scale: Tensor
+    """[L,R] float64, the diagonal of D"""
+    b: Tensor
+    """G_B [L,R,R] float64"""
+    a: Tensor
+    """G_A [L,R,R] float64"""
+
+    @classmethod
+    def of(cls, batch: Batch, precision: str = "exact") -> "Grams":
+        """The one pass over a batch's data."""
+        return cls(
+            modules=batch.modules,
+            labels=batch.labels,
+            ranks=batch.ranks,
+            size=(batch.b.shape[1], batch.a.shape[2]),
+            weights=batch.weights,
+            scalings=batch.scalings,
+            scale=batch.scale,
+            b=ops.gram(batch.b, rows=False, precision=precision),
+            a=ops.gram(batch.a, rows=True, precision=precision),
+        )
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """sigma [L,R], ||dW||^2 [L], left [L,R,R], right [L,R,R] (see ops.spectrum)."""
+        sigma, total_energy, left, right, _ = ops.spectrum(self.b, self.a, self.scale)
+        return sigma, total_energy, left, right
+
+    @property
+    def full_rank(self) -> int:
+        """min(R, m, n): no update has a higher rank."""
+        return min(sum(self.ranks), *self.size)
+
+    def error(self, coefficients: Tensor) -> Tensor:
+        """||dW - B C A||^2 for C [L,R,R] (X Y times the adapter's scaling): [L] float64."""
+        gap = torch.diag_embed(self.scale) - coefficients
+        return ((gap.mT @ self.b @ gap) * self.a).sum((-2, -1)).clamp_min(0)
+
+    def energy(self) -> Tensor:
+        """||dW||^2: [L] float64."""
+        return self.error(torch.zeros_like(self.b))
+
+    @cached_property
+    def client_products(self) -> Tensor:
+        """<dW_j, dW_k> of the clients' own updates s_k B_k A_k: [L,K,K] float64."""
+        membership = self.membership
+        products = membership.T @ (self.b * self.a) @ membership
+        return self.scalings[:, :, None] * products * self.scalings[:, None, :]
+
+    @property
+    def membership(self) -> Tensor:
+        """Which client each stacked rank belongs to: [R,K] of 0 and 1, float64."""
+        owner = torch.arange(len(self.ranks), device=self.b.device).repeat_interleave(
+            torch.tensor(self.ranks, device=self.b.device)
+        )
+        return torch.nn.functional.one_hot(owner, len(self.ranks)).double()

@@ -1,0 +1,29 @@
+"""The specification: every stage and every rule in plain float64 torch.
+
+Tests and benchmarks compare the operators with these functions.  They have the operators' names and
+signatures and share no algorithm with them: where an operator works on Gram matrices, the function
+here works on the dense update or on factors recovered from the Gram matrices by an SVD.  They check
+no arguments (the operators' Python faces do) and loop over modules in Python where that is clearer.
+"""
+
+from fedlora_kernels.reference import rules
+from fedlora_kernels.reference.combine import combine
+from fedlora_kernels.reference.flora_na import flora_na
+from fedlora_kernels.reference.gram import gram
+from fedlora_kernels.reference.rank import select_rank
+from fedlora_kernels.reference.spectrum import spectrum
+from fedlora_kernels.reference.stacked_svd import stacked_svd
+from fedlora_kernels.reference.surrogate import surrogate
+from fedlora_kernels.reference.weighted_sum import weighted_sum
+
+__all__ = [
+    "combine",
+    "flora_na",
+    "gram",
+    "rules",
+    "select_rank",
+    "spectrum",
+    "stacked_svd",
+    "surrogate",
+    "weighted_sum",
+]

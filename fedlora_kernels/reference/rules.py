@@ -1,0 +1,164 @@
+"""Every aggregation rule on one module, densely, as the papers write it.
+
+All functions take the clients' factors as lists, B_k [m, r_k] in ``bs`` and A_k [r_k, n] in
+``as_``, their scalings s_k and their weights w_k (sum 1), and return float64 updates [m, n]: one
+for the rules with a global adapter, one for each client for the rules that personalise.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from fedlora_kernels.reference.rank import select_rank
+from fedlora_kernels.reference.surrogate import surrogate
+
+Factors = Sequence[torch.Tensor]
+Numbers = Sequence[float]
+
+
+def ideal_update(bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers) -> torch.Tensor:
+    """The ideal update dW = sum_k w_k s_k B_k A_k, what every rule approximates."""
+    terms = zip(bs, as_, scalings, weights, strict=True)
+    return torch.stack([w * s * (b.double() @ a.double()) for b, a, s, w in terms]).sum(dim=0)
+
+
+def fedit(bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers) -> torch.Tensor:
+    """(sum_k w_k s_k B_k) (sum_k w_k A_k): FedIT (arXiv 2305.05644), FedAvg of the factors.
+
+    Scalings are folded into B; when all are equal that is the paper's average of B and of A.
+    """
+    return _mean(_scaled(bs, scalings), weights) @ _mean(as_, weights)
+
+
+def ffa(bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers) -> torch.Tensor:
+    """(sum_k w_k s_k B_k) A_0: FFA-LoRA (arXiv 2403.12313), A_0 frozen and common.
+
+    Raises:
+        ValueError: when the clients' A differ.
+    """
+    for client, a in enumerate(as_):
+        if not torch.equal(a, as_[0]):
+            raise ValueError(f"client {client}: A differs from client 0's, FFA-LoRA keeps A fixed")
+    return _mean(_scaled(bs, scalings), weights) @ as_[0].double()
+
+
+def fedsa(
+    bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers
+) -> tuple[torch.Tensor, ...]:
+    """s_k B_k (sum_j w_j A_j) for each client k: FedSA-LoRA (arXiv 2410.01463)."""
+    a = _mean(as_, weights)
+    return tuple(b @ a for b in _scaled(bs, scalings))
+
+
+def flora(bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers) -> torch.Tensor:
+    """[B_1 | ... | B_K] [w_1 s_1 A_1 ; ...]: FLoRA (arXiv 2409.05976), stacking."""
+    terms = zip(as_, scalings, weights, strict=True)
+    return torch.cat(list(bs), dim=1).double() @ torch.cat(
+        [w * s * a.double() for a, s, w in terms]
+    )
+
+
+def flexlora(
+    bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers
+) -> tuple[torch.Tensor, ...]:
+    """The best rank-r_k approximation of dW for each client k: FlexLoRA (arXiv 2402.11505)."""
+    update = ideal_update(bs, as_, scalings, weights)
+    return tuple(truncate(update, b.shape[1]) for b in bs)
+
+
+def florist(
+    bs: Factors,
+    as_: Factors,
+    scalings: Numbers,
+    weights: Numbers,
+    energy: float,
+    max_rank: int | None = None,
+) -> torch.Tensor:
+    """FLoRIST (arXiv 2506.09199): three SVDs and an energy threshold.
+
+    B = U_B S_B V_B^T, A = U_A S_A V_A^T with weights and scalings on A, P = S_B V_B^T U_A S_A
+    = U_P S_P V_P^T, cut at p by the energy of S_P;  B_g = U_B U_P S_P,  A_g = V_P^T V_A^T.
+    """
+    terms = zip(as_, scalings, weights, strict=True)
+    stacked_a = torch.cat([w * s * a.double() for a, s, w in terms])
+    left_b, values_b, right_b = torch.linalg.svd(
+        torch.cat(list(bs), dim=1).double(), full_matrices=False
+    )
+    left_a, values_a, right_a = torch.linalg.svd(stacked_a, full_matrices=False)
+    core = values_b[:, None] * (right_b @ left_a) * values_a
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    rank = int(select_rank(values[None], values.square().sum()[None], energy, max_rank)[0])
+    b_global = left_b @ left[:, :rank] * values[:rank]
+    a_global = right[:rank] @ right_a
+    return torch.matmul(b_global, a_global)
+
+
+def flora_na(bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers) -> torch.Tensor:
+    """(sum_u q_u s_u B_u) (sum_v p_v A_v) nearest to dW: FLoRA-NA (arXiv 2509.26399)."""
+    b, a = torch.cat(list(bs), dim=1).double(), torch.cat(list(as_)).double()
+    scale = torch.tensor([list(scalings)], dtype=torch.float64)
+    p, q, _ = surrogate(
+        (b.mT @ b)[None], (a @ a.mT)[None], torch.tensor(list(weights), dtype=torch.float64), scale
+    )
+    return _mean(_scaled(bs, scalings), q[0].tolist()) @ _mean(as_, p[0].tolist())
+
+
+def hetlora(
+    bs: Factors,
+    as_: Factors,
+    scalings: Numbers,
+    weights: Numbers,
+    norm_weighted: bool = True,
+) -> tuple[torch.Tensor, ...]:
+    """HetLoRA (arXiv 2401.06432): sparsity-weighted mean of zero-padded factors.
+
+    Factors are padded to the largest rank and averaged with weights proportional to the norm of
+    the client's update ||s_k B_k A_k||_F (``norm_weighted=False``: w_k); client k gets the product
+    of the first r_k columns and rows.  When every update is zero the weights are w_k.
+    """
+    bs = _scaled(bs, scalings)
+    if norm_weighted:
+        norms = [float((b @ a.double()).norm()) for b, a in zip(bs, as_, strict=True)]
+        weights = [norm / sum(norms) for norm in norms] if sum(norms) > 0 else weights
+    rank = max(b.shape[1] for b in bs)
+    padding = torch.nn.functional.pad
+    mean_b = _mean([padding(b, (0, rank - b.shape[1])) for b in bs], weights)
+    mean_a = _mean([padding(a, (0, 0, 0, rank - a.shape[0])) for a in as_], weights)
+    return tuple(mean_b[:, : b.shape[1]] @ mean_a[: b.shape[1]] for b in bs)
+
+
+def fedex(
+    bs: Factors,
+    as_: Factors,
+    scalings: Numbers,
+    weights: Numbers,
+    residual_rank: int | None = None,
+) -> torch.Tensor:
+    """FedIT plus the residual dW - FedIT: FedEx-LoRA (arXiv 2410.09432).
+
+    Exact, unless the residual is truncated to ``residual_rank``.
+    """
+    average = fedit(bs, as_, scalings, weights)
+    residual = ideal_update(bs, as_, scalings, weights) - average
+    return average + (residual if residual_rank is None else truncate(residual, residual_rank))
+
+
+def truncate(dense: torch.Tensor, p: int) -> torch.Tensor:
+    """Best rank-p approximation in the Frobenius norm (Eckart and Young, 1936), by a dense SVD."""
+    left, values, right = torch.linalg.svd(dense.double(), full_matrices=False)
+    return torch.matmul(left[..., :p] * values[..., None, :p], right[..., :p, :])
+
+
+def svd_floor(dense: torch.Tensor, p: int) -> torch.Tensor:
+    """sqrt(sum_{i>p} sigma_i^2), the error below which no matrix of rank p can go."""
+    tail: torch.Tensor = torch.linalg.svdvals(dense.double())[..., p:]
+    return tail.square().sum(dim=-1).sqrt()
+
+
+def _mean(factors: Factors, weights: Numbers) -> torch.Tensor:
+    terms = zip(factors, weights, strict=True)
+    return torch.stack([w * factor.double() for factor, w in terms]).sum(dim=0)
+
+
+def _scaled(bs: Factors, scalings: Numbers) -> list[torch.Tensor]:
+    return [s * b.double() for b, s in zip(bs, scalings, strict=True)]

@@ -1,0 +1,162 @@
+"""What a rule returns: the coefficients X, Y of ``B_g = B X`` and ``A_g = Y A``, in three forms.
+
+Each form knows its dense X and Y (for the error, in R x R) and how to make the factors from a
+batch with the operator that reads the data once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels import ops
+from fedlora_kernels.grams import Grams
+from fedlora_kernels.stack import Batch
+
+
+class Coefficients(Protocol):
+    """A pair of factors as a function of the stacked factors; the update is scaling * B_g A_g."""
+
+    @property
+    def ranks(self) -> Tensor:
+        """Rank per module, [L] int64."""
+
+    @property
+    def scaling(self) -> Tensor:
+        """[L] float64."""
+
+    @property
+    def product(self) -> Tensor:
+        """scaling * X Y, [L,R,R]."""
+
+    def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """B_g [L,m,p] and A_g [L,p,n] in the batch's dtype."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """Dense coefficients: X [L,R,p] and Y [L,p,R], zero beyond each module's rank."""
+
+    x: Tensor
+    y: Tensor
+    ranks: Tensor
+
+    @property
+    def scaling(self) -> Tensor:
+        """1: the scalings are inside X and Y."""
+        return torch.ones_like(self.ranks, dtype=torch.float64)
+
+    @property
+    def product(self) -> Tensor:
+        """X Y."""
+        return self.x @ self.y
+
+    def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """combine."""
+        return ops.combine(batch.b, batch.a, self.x, self.y)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Averages of equal-rank factors: B_g = sum_k q_k B_k and A_g = sum_k p_k A_k."""
+
+    q: Tensor
+    """[L,K]"""
+    p: Tensor
+    """[L,K]"""
+    scaling: Tensor
+    """[L]"""
+    rank: int
+
+    @property
+    def ranks(self) -> Tensor:
+        """The clients' rank, for every module."""
+        return torch.full_like(self.scaling, self.rank, dtype=torch.int64)
+
+    @property
+    def product(self) -> Tensor:
+        """scaling * (q p^T kron I_r)."""
+        mixing = self.scaling[:, None, None] * self.q[:, :, None] * self.p[:, None, :]
+        return torch.kron(mixing, torch.eye(self.rank, dtype=mixing.dtype, device=mixing.device))
+
+    def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """weighted_sum."""
+        clients = self.q.shape[1]
+        b = batch.b.unflatten(2, (clients, -1)).movedim(2, 1)
+        a = batch.a.unflatten(1, (clients, -1))
+        return ops.weighted_sum(b, self.q), ops.weighted_sum(a, self.p)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The stack itself: B_g = B and A_g = D A."""
+
+    scale: Tensor
+    """[L,R], the diagonal of D"""
+
+    @property
+    def ranks(self) -> Tensor:
+        """R."""
+        modules, rank = self.scale.shape
+        return torch.full((modules,), rank, dtype=torch.int64, device=self.scale.device)
+
+    @property
+    def scaling(self) -> Tensor:
+        """1: the scalings are inside A."""
+        return torch.ones_like(self.scale[:, 0])
+
+    @property
+    def product(self) -> Tensor:
+        """D."""
+        return torch.diag_embed(self.scale)
+
+    def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """B as it is; each row of A scaled and rounded once."""
+        return batch.b, (self.scale[:, :, None] * batch.a).to(batch.a.dtype)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A rule's answer for one batch."""
+
+    adapter: Coefficients
+    residual: Product | None = None
+    """what the clients merge into the base beside the adapter (FedEx)"""
+    sweep: Mapping[float, Tensor] = field(default_factory=dict)
+    """energy -> ranks [L], when the rule was asked for a whole curve"""
+
+    @property
+    def product(self) -> Tensor:
+        """Coefficients [L,R,R] of the whole update, residual included."""
+        if self.residual is None:
+            return self.adapter.product
+        return self.adapter.product + self.residual.product
+
+    @property
+    def ranks(self) -> Tensor:
+        """Rank of what travels, residual included: [L]."""
+        if self.residual is None:
+            return self.adapter.ranks
+        return self.adapter.ranks + self.residual.ranks
+
+
+def common_scaling(grams: Grams) -> tuple[Tensor, Tensor]:
+    """Each module's scaling for an averaging rule, [L], and the factors to fold into B, [L,K].
+
+    Clients of one scaling keep it; different scalings are folded into B and the result's is 1.
+    """
+    first = grams.scalings[:, :1]
+    equal = (grams.scalings == first).all(-1) & (first[:, 0] != 0)
+    scaling = torch.where(equal, first[:, 0], 1.0)
+    return scaling, grams.scalings / scaling[:, None]
+
+
+def leading(x: Tensor, y: Tensor, ranks: Tensor) -> Product:
+    """The first ranks[l] columns of X and rows of Y, in a Product as wide as the largest rank."""
+    width = max(1, int(ranks.max()))
+    keep = torch.arange(width, device=ranks.device)[None, :] < ranks[:, None]
+    return Product(
+        x[:, :, :width].where(keep[:, None, :], 0), y[:, :width].where(keep[:, :, None], 0), ranks
+    )

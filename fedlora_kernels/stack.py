@@ -1,0 +1,145 @@
+"""stack: the clients' factors as batches of modules of one shape.
+
+    B = [B_1 | ... | B_K]    [L,m,R]        A = [A_1 ; ... ; A_K]    [L,R,n]
+
+Modules are batched together when their sizes, the clients that have them and those clients' ranks
+agree, so a homogeneous federation is one or a few batches however many layers the model has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.adapter import Adapter, AdapterError
+from fedlora_kernels.peft_format import label
+
+ABSENT = ("zero", "renormalise")
+
+
+class Signature(NamedTuple):
+    """What the modules of one batch have in common."""
+
+    size: tuple[int, int]
+    clients: tuple[int, ...]
+    ranks: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Batch:
+    """L modules of one shape from K clients."""
+
+    modules: tuple[str, ...]
+    """L module names"""
+    clients: tuple[int, ...]
+    """indices of the K clients that have these modules"""
+    labels: tuple[str, ...]
+    """the K clients as messages name them"""
+    ranks: tuple[int, ...]
+    """r_k"""
+    weights: Tensor
+    """w_k [K] float64"""
+    scalings: Tensor
+    """s_lk [L,K] float64"""
+    b: Tensor
+    """[L,m,R]"""
+    a: Tensor
+    """[L,R,n]"""
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The diagonal of D, w_k s_k once per rank: [L,R] float64."""
+        repeats = torch.tensor(self.ranks, device=self.scalings.device)
+        return (self.weights * self.scalings).repeat_interleave(repeats, dim=1)
+
+
+def stack(
+    adapters: Sequence[Adapter],
+    weights: Tensor,
+    *,
+    absent: str = "zero",
+    device: torch.device | str | None = None,
+) -> list[Batch]:
+    """Batches of all modules of all clients.
+
+    Args:
+        adapters: the K clients.
+        weights: [K] float64, summing to 1.
+        absent: a client without a module contributed a zero update ("zero"), or the others'
+            weights are scaled up to sum to 1 for that module ("renormalise").
+        device: where the batches are made; the adapters' device when None.
+
+    Raises:
+        AdapterError: clients disagree about a module's size; the message names both.
+    """
+    if absent not in ABSENT:
+        raise ValueError(f"absent must be one of {', '.join(ABSENT)}, found {absent!r}")
+    groups: dict[Signature, list[str]] = {}
+    for module in sorted({name for adapter in adapters for name in adapter.factors}):
+        groups.setdefault(_signature(adapters, module), []).append(module)
+    return [
+        _batch(adapters, signature, modules, weights, absent, device)
+        for signature, modules in groups.items()
+    ]
+
+
+def _signature(adapters: Sequence[Adapter], module: str) -> Signature:
+    """A module's signature; checks that the clients agree on its size."""
+    present = [k for k, adapter in enumerate(adapters) if module in adapter.factors]
+    first = adapters[present[0]].factors[module]
+    size = (first.b.shape[0], first.a.shape[1])
+    dtype = first.b.dtype
+    ranks = []
+    for k in present:
+        factors = adapters[k].factors[module]
+        found = (factors.b.shape[0], factors.a.shape[1])
+        if found != size:
+            raise AdapterError(
+                f"{label(k, adapters[k].name)}, module {module}: the update is {found[0]} x "
+                f"{found[1]}, expected {size[0]} x {size[1]} as in "
+                f"{label(present[0], adapters[present[0]].name)}"
+            )
+        dtype = torch.promote_types(torch.promote_types(dtype, factors.b.dtype), factors.a.dtype)
+        ranks.append(factors.rank)
+    return Signature(size, tuple(present), tuple(ranks), dtype)
+
+
+def _batch(
+    adapters: Sequence[Adapter],
+    signature: Signature,
+    modules: Sequence[str],
+    weights: Tensor,
+    absent: str,
+    device: torch.device | str | None,
+) -> Batch:
+    (rows, columns), present, ranks, dtype = signature
+    clients = [adapters[k] for k in present]
+    device = clients[0].factors[modules[0]].b.device if device is None else device
+    stacked_rank = sum(ranks)
+    b = torch.empty((len(modules), rows, stacked_rank), dtype=dtype, device=device)
+    a = torch.empty((len(modules), stacked_rank, columns), dtype=dtype, device=device)
+    for index, module in enumerate(modules):
+        start = 0
+        for client, rank in zip(clients, ranks, strict=True):
+            factors = client.factors[module]
+            b[index, :, start : start + rank] = factors.b
+            a[index, start : start + rank] = factors.a
+            start += rank
+    present_weights = weights[list(present)]
+    if absent == "renormalise" and bool(present_weights.sum() > 0):
+        present_weights = present_weights / present_weights.sum()
+    scalings = [[client.factors[module].scaling for client in clients] for module in modules]
+    return Batch(
+        modules=tuple(modules),
+        clients=present,
+        labels=tuple(label(k, adapters[k].name) for k in present),
+        ranks=ranks,
+        weights=present_weights.to(device),
+        scalings=torch.tensor(scalings, dtype=torch.float64, device=device),
+        b=b,
+        a=a,
+    )
