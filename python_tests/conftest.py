@@ -1,0 +1,46 @@
+"""What all tests share: two threads, no network, and the backend's name in the operators' tests."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from hypothesis import settings
+
+import fedlora_kernels as flk
+
+torch.set_num_threads(2)
+
+# The same examples on every machine: a test that fails in CI fails on a desk.
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+
+OPERATOR_TESTS = {
+    "test_combine",
+    "test_flora_na",
+    "test_gram",
+    "test_rank",
+    "test_spectrum",
+    "test_stacked_svd",
+    "test_surrogate",
+    "test_weighted_sum",
+}
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backend that serves this process; part of the id of the operators' tests."""
+    return str(getattr(request, "param", flk.backend()))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Put the backend's name into the ids of the operators' tests."""
+    if metafunc.module.__name__.rpartition(".")[2] in OPERATOR_TESTS:
+        metafunc.parametrize("backend", [flk.backend()], indirect=True)
+
+
+def pytest_report_header() -> str:
+    """Which backend these results belong to."""
+    return f"fedlora_kernels {flk.__version__}, backend {flk.backend()}"
