@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import ops
+from fedlora_kernels.ops.spectrum import right_of_left
 from fedlora_kernels.stack import Batch
 
 
@@ -35,6 +36,8 @@ class Grams:
     """G_B [L,R,R] float64"""
     a: Tensor
     """G_A [L,R,R] float64"""
+    precision: str = "exact"
+    """how the Grams were accumulated"""
 
     @classmethod
     def of(cls, batch: Batch, precision: str = "exact") -> "Grams":
@@ -49,12 +52,15 @@ class Grams:
             scale=batch.scale,
             b=ops.gram(batch.b, rows=False, precision=precision),
             a=ops.gram(batch.a, rows=True, precision=precision),
+            precision=precision,
         )
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sigma [L,R], ||dW||^2 [L], left [L,R,R], right [L,R,R] (see ops.spectrum)."""
         sigma, total_energy, left, right, _ = ops.spectrum(self.b, self.a, self.scale)
+        if self.precision == "fast":
+            right = right_of_left(sigma, left, self.b, self.scale)
         return sigma, total_energy, left, right
 
     @property

@@ -7,6 +7,8 @@ from torch import Tensor
 
 FACTOR_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PRECISIONS = ("exact", "fast")
+# float32 accumulation cannot tell higher shares of the energy apart.
+FAST_ENERGY = 1 - 1e-6
 
 
 def factor(name: str, tensor: Tensor) -> None:
@@ -61,6 +63,15 @@ def energy(value: float) -> None:
     """A share of the energy, in (0, 1]."""
     if not 0.0 < value <= 1.0:
         raise ValueError(f"energy must lie in (0, 1], found {value}")
+
+
+def resolvable(energy: float, precision: str) -> None:
+    """An energy that the precision of the Gram matrices can tell from 1."""
+    if precision == "fast" and energy > FAST_ENERGY:
+        raise ValueError(
+            f"precision 'fast' cannot resolve energies above {FAST_ENERGY}, found {energy}; "
+            "use 'exact'"
+        )
 
 
 def max_rank(value: int | None) -> None:

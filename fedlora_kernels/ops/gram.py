@@ -78,6 +78,13 @@ def _check(x: Tensor, rows: bool, precision: str = "exact") -> None:
 def _check_list(x: Sequence[Tensor], modules: int, rows: bool, precision: str = "exact") -> None:
     checks.factor_list("x", x, modules)
     checks.precision(precision)
+    depth = 1 if rows else 0
+    for index, tensor in enumerate(x):
+        if tensor.shape[depth] != x[0].shape[depth]:
+            raise ValueError(
+                f"x[{index}] must have size {int(x[0].shape[depth])} in dimension {depth}, "
+                f"found shape {checks.shape(tensor)}"
+            )
 
 
 def _composed(x: Tensor, rows: bool, precision: str = "exact") -> Tensor:

@@ -57,6 +57,17 @@ def negligible(rank: int) -> float:
     return rank * torch.finfo(torch.float64).eps
 
 
+def right_of_left(sigma: Tensor, left: Tensor, gram_b: Tensor, scale: Tensor) -> Tensor:
+    """The right coefficients from the left ones, S^-2 left^T G_B D: [L,p,R] for left [L,R,p].
+
+    For Grams accumulated in float32: they have no small eigenvalues that L^+ could divide by, and
+    this form needs the leading singular values only.
+    """
+    squares = sigma.square()
+    inverse = torch.where(squares > 0, 1 / squares, 0)
+    return inverse[:, :, None] * (left.mT @ gram_b) * scale[:, None, :]
+
+
 def _check(
     gram_b: Tensor,
     gram_a: Tensor,

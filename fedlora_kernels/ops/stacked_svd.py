@@ -22,10 +22,7 @@ from torch import Tensor
 from fedlora_kernels.ops import checks
 from fedlora_kernels.ops.gram import stack
 from fedlora_kernels.ops.operator import declare
-from fedlora_kernels.ops.spectrum import negligible
-
-# float32 accumulation resolves no more energy than this.
-_FAST_ENERGY = 1 - 1e-6
+from fedlora_kernels.ops.spectrum import negligible, right_of_left
 
 StackedSVD = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -83,11 +80,7 @@ def _check_options(energy: float, max_rank: int | None, precision: str) -> None:
     checks.energy(energy)
     checks.max_rank(max_rank)
     checks.precision(precision)
-    if precision == "fast" and energy > _FAST_ENERGY:
-        raise ValueError(
-            f"precision 'fast' cannot tell energies above {_FAST_ENERGY} apart, found {energy}; "
-            "use 'exact'"
-        )
+    checks.resolvable(energy, precision)
 
 
 def _check(
@@ -147,9 +140,7 @@ def _by_grams(
     ranks = ops.select_rank(sigma, total_energy, energy, columns)
     x, y = _leading(left, ranks, columns), right[:, :columns]
     if precision == "fast":
-        squares = sigma[:, :columns].square()
-        y = (left[:, :, :columns].mT @ gram_b) * scale[:, None, :]
-        y = y * torch.where(squares > 0, 1 / squares, 0)[:, :, None]
+        y = right_of_left(sigma[:, :columns], left[:, :, :columns], gram_b, scale)
         x, y = x.float(), y.float()
     b_g, a_g = ops.combine(b, a, x, _leading(y.mT, ranks, columns).mT)
     return b_g, a_g, sigma, ranks

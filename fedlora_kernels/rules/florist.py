@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedlora_kernels import ops
 from fedlora_kernels.grams import Grams
+from fedlora_kernels.ops import checks
 from fedlora_kernels.rules.rule import Rule
 from fedlora_kernels.rules.solution import Solution, leading
 
@@ -70,6 +71,7 @@ def _ranks(grams: Grams, energy: float, rank: int | None, max_rank: int | None) 
     cap = min(grams.full_rank, max_rank or grams.full_rank)
     if rank is not None:
         return torch.full_like(sigma[:, 0], min(rank, cap), dtype=torch.int64)
+    checks.resolvable(energy, grams.precision)
     return ops.select_rank(sigma, total_energy, energy, cap)
 
 
