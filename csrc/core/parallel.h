@@ -1,0 +1,21 @@
+// The parallel loops: over modules, and inside a module when there are few.
+//
+// Threads start and end with the loop (15 us each, against milliseconds of work): nothing survives
+// a fork, and nothing runs when nothing is asked. Tasks are handed out one by one, and what a task
+// computes never depends on which thread runs it or on how many there are.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace fedlora {
+
+// body(task) for every task in [0, tasks), on at most `threads` threads. The first exception (by
+// task) is thrown again here, after all threads have ended.
+void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body);
+
+// body(module, threads) for every module: one thread each while modules fill all threads, and all
+// threads for each of a small rest.
+void over_modules(int64_t modules, int threads, const std::function<void(int64_t, int)>& body);
+
+}  // namespace fedlora

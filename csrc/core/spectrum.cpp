@@ -1,0 +1,133 @@
+#include "spectrum.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "lapack.h"
+#include "rank.h"
+
+namespace fedlora {
+namespace {
+
+constexpr double kPlainCholesky = 1e4;  // times R eps: pivots that need no pivoting
+
+}  // namespace
+
+Spectrum::Spectrum(int64_t rank, const double* gram_b, const double* gram_a, const double* scale,
+                   double noise, double energy, int64_t cap)
+    : rank_(rank),
+      row_(rank, 0.0),
+      inverse_(rank, 0.0),
+      pivot_(rank),
+      lower_(rank * rank),
+      sigma_(rank) {
+  std::fill_n(sigma_.get(), rank, 0.0);
+  for (int64_t i = 0; i < rank; ++i) {
+    const double norm_b = std::sqrt(std::max(gram_b[i * rank + i], 0.0));
+    const double norm_a = std::sqrt(std::max(gram_a[i * rank + i], 0.0)) * std::abs(scale[i]);
+    if (norm_b == 0 || norm_a == 0) continue;
+    row_[i] = std::sqrt(norm_b / norm_a) * scale[i];
+    inverse_[i] = std::sqrt(norm_a / norm_b);
+  }
+  factor(gram_a, noise);
+  Buffer<double> m(kept_ * kept_);
+  core(gram_b, m.get());
+  for (int64_t i = 0; i < kept_; ++i) total_ += m[i * kept_ + i];
+  eigen_ = leading_eigenpairs(kept_, m.get(), wanted_energy(energy, total_, rank), cap);
+  if (!eigen_.converged) return;
+  while (count_ < eigen_.count && eigen_.values[count_] > negligible(rank) * eigen_.values[0]) {
+    sigma_[count_] = std::sqrt(eigen_.values[count_]);
+    ++count_;
+  }
+}
+
+// L of T D G_A D T.
+void Spectrum::factor(const double* gram_a, double noise) {
+  const int64_t rank = rank_;
+  double largest = 0;
+  const auto fill = [&] {
+    for (int64_t j = 0; j < rank; ++j) {
+      for (int64_t i = j; i < rank; ++i) {
+        lower_[j * rank + i] = row_[i] * gram_a[j * rank + i] * row_[j];
+      }
+      largest = std::max(largest, lower_[j * rank + j]);
+    }
+  };
+  fill();
+  const double tolerance = std::max(negligible(rank), noise) * largest;
+  bool plain = lapack::cholesky(rank, lower_.get(), rank);
+  for (int64_t i = 0; plain && i < rank; ++i) {
+    const double pivot = lower_[i * rank + i];
+    plain = pivot * pivot > kPlainCholesky * tolerance;
+  }
+  if (plain) {
+    std::iota(pivot_.begin(), pivot_.end(), int64_t{0});
+    kept_ = rank;
+  } else {
+    fill();
+    // dpstrf leaves no rank behind where the largest diagonal is not positive.
+    kept_ = largest > 0
+                ? lapack::pivoted_cholesky(rank, lower_.get(), rank, pivot_.data(), tolerance)
+                : 0;
+    if (!std::isfinite(tolerance)) kept_ = rank;
+  }
+  for (int64_t j = 0; j < kept_; ++j) std::fill_n(lower_.get() + j * rank, j, 0.0);
+}
+
+// M = L^T T^+ G_B T^+ L, both triangles.
+void Spectrum::core(const double* gram_b, double* m) const {
+  const int64_t rank = rank_;
+  if (kept_ == 0) return;
+  Buffer<double> scaled(rank * rank);
+  for (int64_t j = 0; j < rank; ++j) {
+    const double* column = gram_b + pivot_[j] * rank;
+    const double factor = inverse_[pivot_[j]];
+    for (int64_t i = 0; i < rank; ++i) {
+      scaled[j * rank + i] = inverse_[pivot_[i]] * column[pivot_[i]] * factor;
+    }
+  }
+  if (kept_ == rank) {
+    lapack::trmm(true, true, rank, rank, lower_.get(), rank, scaled.get(), rank);
+    lapack::trmm(false, false, rank, rank, lower_.get(), rank, scaled.get(), rank);
+    std::copy_n(scaled.get(), rank * rank, m);
+  } else {
+    Buffer<double> half(rank * kept_);
+    lapack::gemm(false, false, rank, kept_, rank, 1, scaled.get(), rank, lower_.get(), rank, 0,
+                 half.get(), rank);
+    lapack::gemm(true, false, kept_, kept_, rank, 1, lower_.get(), rank, half.get(), rank, 0, m,
+                 kept_);
+  }
+  for (int64_t j = 0; j < kept_; ++j) {
+    for (int64_t i = 0; i < j; ++i) {
+      m[j * kept_ + i] = m[i * kept_ + j] = (m[j * kept_ + i] + m[i * kept_ + j]) / 2;
+    }
+  }
+}
+
+void Spectrum::left(int64_t p, double* x) const {
+  if (p == 0) return;
+  Buffer<double> product(rank_ * p);
+  lapack::gemm(false, false, rank_, p, kept_, 1, lower_.get(), rank_, eigen_.vectors.get(), kept_,
+               0, product.get(), rank_);
+  for (int64_t i = 0; i < rank_; ++i) {
+    for (int64_t c = 0; c < p; ++c) {
+      x[pivot_[i] * p + c] = inverse_[pivot_[i]] * product[c * rank_ + i];
+    }
+  }
+}
+
+void Spectrum::right(int64_t p, double* y) const {
+  if (p == 0) return;
+  Buffer<double> solution(kept_ * p);
+  std::copy_n(eigen_.vectors.get(), kept_ * p, solution.get());
+  lapack::solve_transposed(kept_, p, lower_.get(), rank_, solution.get(), kept_);
+  std::fill_n(y, p * rank_, 0.0);
+  for (int64_t c = 0; c < p; ++c) {
+    for (int64_t i = 0; i < kept_; ++i) {
+      y[c * rank_ + pivot_[i]] = solution[c * kept_ + i] * row_[pivot_[i]];
+    }
+  }
+}
+
+}  // namespace fedlora

@@ -1,0 +1,88 @@
+"""Finding and loading what was compiled: torch's kernels, the numpy module, and OpenBLAS for both.
+
+The libraries lie beside the compiled numpy module: in this package's folder, or in site-packages
+when an editable installation keeps the sources elsewhere.
+"""
+
+import ctypes
+import os
+import re
+from contextlib import contextmanager
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+_TORCH = (2, 10)  # the first with the stable ABI the kernels are built on
+
+
+def missing() -> str:
+    """Why the compiled CPU kernels cannot be loaded here, or nothing."""
+    if library("fedlora_cpu") is None:
+        return "libfedlora_cpu.so was not built with this installation"
+    if find_spec("scipy_openblas64") is None:
+        return "scipy-openblas64 is not installed"
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        return "torch is not installed"
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < _TORCH:
+        return f"torch {found} is older than {'.'.join(map(str, _TORCH))}"
+    return ""
+
+
+def library(name: str) -> Path | None:
+    """The file of a compiled library, where this installation has it."""
+    module = find_spec("fedlora_kernels._numpy")
+    folders = [Path(__file__).parent]
+    if module is not None and module.origin is not None:
+        folders.append(Path(module.origin).parent)
+    return next((path for folder in folders if (path := folder / f"lib{name}.so").is_file()), None)
+
+
+def load(name: str) -> None:
+    """Register a compiled library's kernels with torch.
+
+    Raises:
+        OSError: it cannot be loaded; the text is the dynamic linker's.
+    """
+    import torch
+
+    load_openblas()
+    torch.ops.load_library(str(library(name)))
+
+
+@cache
+def load_openblas() -> None:
+    """Load OpenBLAS, so that the libraries linked with it find it wherever its wheel lies."""
+    import scipy_openblas64
+
+    folder = Path(scipy_openblas64.get_lib_dir())
+    with _core_type():
+        ctypes.CDLL(str(folder / f"lib{scipy_openblas64.get_library()}.so"))
+
+
+@contextmanager
+def _core_type() -> Iterator[None]:
+    """OpenBLAS 0.3.34 takes AMD's Zen 5 for a Haswell and leaves AVX-512 unused."""
+    variable = "OPENBLAS_CORETYPE"
+    if variable in os.environ or not _amd_with_avx512():
+        yield
+        return
+    os.environ[variable] = "SkylakeX"
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+
+
+def _amd_with_avx512() -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    first = text.partition("\n\n")[0]
+    return "AuthenticAMD" in first and all(
+        flag in first.split() for flag in ("avx512f", "avx512dq", "avx512bw", "avx512vl")
+    )
