@@ -37,7 +37,7 @@ def _cpu() -> Backend:
     if not why and _forced() in ("", "cpu"):
         try:
             native.load("fedlora_cpu")
-        except OSError as error:
+        except (ImportError, OSError) as error:
             why = f"libfedlora_cpu.so does not load: {error}"
     return Backend("cpu", not why, why or "C++, on a CPU; composed on other devices")
 

@@ -5,10 +5,7 @@ when an editable installation keeps the sources elsewhere.
 """
 
 import ctypes
-import os
 import re
-from contextlib import contextmanager
-from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -45,7 +42,8 @@ def load(name: str) -> None:
     """Register a compiled library's kernels with torch.
 
     Raises:
-        OSError: it cannot be loaded; the text is the dynamic linker's.
+        ImportError: torch cannot be imported.
+        OSError: the library cannot be loaded; the text is the dynamic linker's.
     """
     import torch
 
@@ -59,30 +57,4 @@ def load_openblas() -> None:
     import scipy_openblas64
 
     folder = Path(scipy_openblas64.get_lib_dir())
-    with _core_type():
-        ctypes.CDLL(str(folder / f"lib{scipy_openblas64.get_library()}.so"))
-
-
-@contextmanager
-def _core_type() -> Iterator[None]:
-    """OpenBLAS 0.3.34 takes AMD's Zen 5 for a Haswell and leaves AVX-512 unused."""
-    variable = "OPENBLAS_CORETYPE"
-    if variable in os.environ or not _amd_with_avx512():
-        yield
-        return
-    os.environ[variable] = "SkylakeX"
-    try:
-        yield
-    finally:
-        del os.environ[variable]
-
-
-def _amd_with_avx512() -> bool:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    first = text.partition("\n\n")[0]
-    return "AuthenticAMD" in first and all(
-        flag in first.split() for flag in ("avx512f", "avx512dq", "avx512bw", "avx512vl")
-    )
+    ctypes.CDLL(str(folder / f"lib{scipy_openblas64.get_library()}.so"))

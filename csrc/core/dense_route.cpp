@@ -15,6 +15,7 @@
 #include "lapack.h"
 #include "leading.h"
 #include "memory.h"
+#include "mirror.h"
 #include "parallel.h"
 #include "rank.h"
 #include "stacked_svd.h"
@@ -77,11 +78,9 @@ Buffer<double> side_gram(const Factors& far, int64_t d, const double* near, int 
     }
   });
   for (int64_t j = 0; j < d; ++j) {
-    for (int64_t i = 0; i <= j; ++i) {
-      sums[0][j * d + i] += sums[1][j * d + i];
-      sums[0][i * d + j] = sums[0][j * d + i];
-    }
+    for (int64_t i = j; i < d; ++i) sums[0][j * d + i] += sums[1][j * d + i];
   }
+  mirror(d, sums[0].get());
   return std::move(sums[0]);
 }
 

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "mirror.h"
 #include "parallel.h"
 
 namespace fedlora {
@@ -28,9 +29,7 @@ void gram(const Factors& x, bool fast, int threads, double* g) {
     const Buffer<std::byte> scratch(static_cast<int64_t>(kernel.gram_scratch(rank)));
     kernel.gram(x, single, bound(group), bound(group + 1), g, scratch.get());
   });
-  for (int64_t i = 0; i < rank; ++i) {
-    for (int64_t j = 0; j < i; ++j) g[i * rank + j] = g[j * rank + i];
-  }
+  mirror(rank, g);
 }
 
 }  // namespace fedlora

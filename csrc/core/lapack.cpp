@@ -70,7 +70,7 @@ void gemv(bool transpose, Int m, Int n, double alpha, const double* a, Int lda, 
 
 void syrk(Int n, Int k, const double* a, Int lda, double beta, double* c, Int ldc) {
   const double one = 1;
-  scipy_dsyrk_64_("U", "N", &n, &k, &one, a, &lda, &beta, c, &ldc, 1, 1);
+  scipy_dsyrk_64_("L", "N", &n, &k, &one, a, &lda, &beta, c, &ldc, 1, 1);
 }
 
 void trmm(bool left, bool transpose, Int m, Int n, const double* l, Int ldl, double* b, Int ldb) {

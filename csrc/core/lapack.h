@@ -18,7 +18,7 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, d
 void gemv(bool transpose, int64_t m, int64_t n, double alpha, const double* a, int64_t lda,
           const double* x, double beta, double* y);
 
-// Upper triangle of C = A A^T + beta C, A [n, k]
+// Lower triangle of C = A A^T + beta C, A [n, k]
 void syrk(int64_t n, int64_t k, const double* a, int64_t lda, double beta, double* c, int64_t ldc);
 
 // B = L B, L^T B (left) or B L (right), L lower triangular
@@ -35,7 +35,7 @@ bool cholesky(int64_t n, double* a, int64_t lda);
 void cholesky_solve(int64_t n, const double* l, int64_t ldl, double* b);
 
 // Pivoted Cholesky of the lower triangle in place, stopped at a pivot <= tolerance; returns the
-// rank. pivot[i] (from 0) is the row of A that came i-th.
+// rank, 0 where no diagonal entry is positive. pivot[i] (from 0) is the row of A that came i-th.
 int64_t pivoted_cholesky(int64_t n, double* a, int64_t lda, int64_t* pivot, double tolerance);
 
 // All eigenvalues (ascending) and eigenvectors (in place) of the symmetric matrix a; false where

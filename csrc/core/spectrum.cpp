@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "lapack.h"
+#include "mirror.h"
 #include "rank.h"
 
 namespace fedlora {
@@ -24,6 +26,13 @@ Spectrum::Spectrum(int64_t rank, const double* gram_b, const double* gram_a, con
       sigma_(rank) {
   std::fill_n(sigma_.get(), rank, 0.0);
   for (int64_t i = 0; i < rank; ++i) {
+    // LAPACK takes a NaN on the diagonal for the end of the rank.
+    const double found = gram_b[i * rank + i] + gram_a[i * rank + i] + scale[i];
+    if (!std::isfinite(found)) {
+      total_ = std::numeric_limits<double>::quiet_NaN();
+      eigen_.converged = false;
+      return;
+    }
     const double norm_b = std::sqrt(std::max(gram_b[i * rank + i], 0.0));
     const double norm_a = std::sqrt(std::max(gram_a[i * rank + i], 0.0)) * std::abs(scale[i]);
     if (norm_b == 0 || norm_a == 0) continue;
@@ -56,21 +65,17 @@ void Spectrum::factor(const double* gram_a, double noise) {
   };
   fill();
   const double tolerance = std::max(negligible(rank), noise) * largest;
-  bool plain = lapack::cholesky(rank, lower_.get(), rank);
-  for (int64_t i = 0; plain && i < rank; ++i) {
+  plain_ = lapack::cholesky(rank, lower_.get(), rank);
+  for (int64_t i = 0; plain_ && i < rank; ++i) {
     const double pivot = lower_[i * rank + i];
-    plain = pivot * pivot > kPlainCholesky * tolerance;
+    plain_ = pivot * pivot > kPlainCholesky * tolerance;
   }
-  if (plain) {
+  if (plain_) {
     std::iota(pivot_.begin(), pivot_.end(), int64_t{0});
     kept_ = rank;
   } else {
     fill();
-    // dpstrf leaves no rank behind where the largest diagonal is not positive.
-    kept_ = largest > 0
-                ? lapack::pivoted_cholesky(rank, lower_.get(), rank, pivot_.data(), tolerance)
-                : 0;
-    if (!std::isfinite(tolerance)) kept_ = rank;
+    kept_ = lapack::pivoted_cholesky(rank, lower_.get(), rank, pivot_.data(), tolerance);
   }
   for (int64_t j = 0; j < kept_; ++j) std::fill_n(lower_.get() + j * rank, j, 0.0);
 }
@@ -83,8 +88,11 @@ void Spectrum::core(const double* gram_b, double* m) const {
   for (int64_t j = 0; j < rank; ++j) {
     const double* column = gram_b + pivot_[j] * rank;
     const double factor = inverse_[pivot_[j]];
-    for (int64_t i = 0; i < rank; ++i) {
-      scaled[j * rank + i] = inverse_[pivot_[i]] * column[pivot_[i]] * factor;
+    double* to = scaled.get() + j * rank;
+    if (plain_) {
+      for (int64_t i = 0; i < rank; ++i) to[i] = inverse_[i] * column[i] * factor;
+    } else {
+      for (int64_t i = 0; i < rank; ++i) to[i] = inverse_[pivot_[i]] * column[pivot_[i]] * factor;
     }
   }
   if (kept_ == rank) {
@@ -98,11 +106,7 @@ void Spectrum::core(const double* gram_b, double* m) const {
     lapack::gemm(true, false, kept_, kept_, rank, 1, lower_.get(), rank, half.get(), rank, 0, m,
                  kept_);
   }
-  for (int64_t j = 0; j < kept_; ++j) {
-    for (int64_t i = 0; i < j; ++i) {
-      m[j * kept_ + i] = m[i * kept_ + j] = (m[j * kept_ + i] + m[i * kept_ + j]) / 2;
-    }
-  }
+  mirror(kept_, m);
 }
 
 void Spectrum::left(int64_t p, double* x) const {

@@ -39,6 +39,7 @@ class Spectrum {
   void core(const double* gram_b, double* m) const;
 
   int64_t rank_;
+  bool plain_ = true;            // no pivoting was needed
   int64_t kept_ = 0;             // columns of L
   std::vector<double> row_;      // the diagonal of T D
   std::vector<double> inverse_;  // the diagonal of T^+
