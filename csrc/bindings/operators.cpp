@@ -166,6 +166,11 @@ void gram(const Host& host, const Array& x, bool rows, const std::string& precis
 void gram_list(const Host& host, const Arrays& x, int64_t modules, bool rows,
                const std::string& precision) {
   checks::factor_list("x", x, modules);
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (x[i].size(rows ? 1 : 0) == x[0].size(rows ? 1 : 0)) continue;
+    throw WrongValue("x[" + std::to_string(i) + "] and x[0] must agree in d, found " +
+                     checks::shape(x[i].sizes) + " and " + checks::shape(x[0].sizes));
+  }
   checks::precision(precision);
   grams_of(host, Side(x, modules, rows), precision);
 }

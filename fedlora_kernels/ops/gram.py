@@ -77,6 +77,13 @@ def _check(x: Tensor, rows: bool, precision: str = "exact") -> None:
 
 def _check_list(x: Sequence[Tensor], modules: int, rows: bool, precision: str = "exact") -> None:
     checks.factor_list("x", x, modules)
+    depth = 1 if rows else 0
+    for index, tensor in enumerate(x):
+        if tensor.shape[depth] != x[0].shape[depth]:
+            raise ValueError(
+                f"x[{index}] and x[0] must agree in d, "
+                f"found {checks.shape(tensor)} and {checks.shape(x[0])}"
+            )
     checks.precision(precision)
     depth = 1 if rows else 0
     for index, tensor in enumerate(x):
