@@ -48,7 +48,7 @@ def spectrum(
     Args:
         gram_b: [L, R, R] float64, B^T B.
         gram_a: [L, R, R] float64, A A^T.
-        scale: [L, R] float64, the diagonal of D.
+        scale: [L, R], the diagonal of D.
         energy: taken for the operator's signature; the reference computes every component.
         max_rank: likewise.
 
@@ -57,6 +57,7 @@ def spectrum(
         float64, and info [L] int64, zero.
     """
     del energy, max_rank
+    scale = scale.double()
     stacked_rank = scale.shape[-1]
     sigmas, totals, lefts, rights = [], [], [], []
     for module_gram_b, module_gram_a, diagonal in zip(gram_b, gram_a, scale, strict=True):
