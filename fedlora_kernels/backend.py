@@ -40,12 +40,13 @@ def backend() -> str:
     """
     reasons = {candidate.name: candidate.reason for candidate in backends()}
     serving = [candidate.name for candidate in backends() if candidate.serves]
-    if not serving:
+    forced = os.environ.get("FEDLORA_BACKEND", "")
+    if not forced and not serving:
         raise RuntimeError(f"no backend can serve: {reasons['composed']}")
-    forced = os.environ.get("FEDLORA_BACKEND") or serving[0]
-    if forced not in serving:
+    if forced and forced not in serving:
         why = reasons.get(forced, "there is no backend of that name in this installation")
         raise RuntimeError(
-            f"FEDLORA_BACKEND={forced} cannot serve ({why}); these can: {', '.join(serving)}"
+            f"FEDLORA_BACKEND={forced} cannot serve ({why}); "
+            f"these can: {', '.join(serving) or 'none'}"
         )
-    return forced
+    return forced or serving[0]
