@@ -12,6 +12,7 @@ import typer
 
 from fedlora_kernels import __version__
 from fedlora_kernels.cli.aggregate import aggregate
+from fedlora_kernels.cli.bench import bench
 from fedlora_kernels.cli.doctor import doctor
 from fedlora_kernels.cli.inspect import inspect
 from fedlora_kernels.cli.program import Command, Program
@@ -30,6 +31,7 @@ app.command(cls=RuleCommand)(aggregate)
 app.command(cls=Command)(inspect)
 app.command(cls=Command)(rules)
 app.command(cls=Command)(doctor)
+app.command(cls=Command)(bench)
 
 
 def _print_version(wanted: bool) -> None:
