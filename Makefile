@@ -38,7 +38,10 @@ format: env
 	$(BIN)/ruff check --fix .
 
 bench: env
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.acceptance
+	$(BIN)/python -m benchmarks.figures
 
 clean:
 	rm -rf $(VENV) build dist runs

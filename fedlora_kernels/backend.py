@@ -8,6 +8,7 @@ a forced backend that cannot serve raises and lists those that can.
 import os
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 from fedlora_kernels import native
 
@@ -24,10 +25,12 @@ class Backend:
 @cache
 def backends() -> tuple[Backend, ...]:
     """All backends, best first, each with what was found out about it on this machine."""
+    torch = find_spec("torch") is not None
+    missing = "torch is not installed"
     return (
         _cpu(),
-        Backend("composed", True, "torch operators in Gram space, on any device"),
-        Backend("reference", True, "plain float64 torch, the specification; slow"),
+        Backend("composed", torch, "torch operators, on any device" if torch else missing),
+        Backend("reference", torch, "float64 torch, the specification; slow" if torch else missing),
     )
 
 
@@ -53,14 +56,15 @@ def backend() -> str:
     Raises:
         RuntimeError: the variable names a backend that cannot serve, or none of them.
     """
+    reasons = {candidate.name: candidate.reason for candidate in backends()}
     serving = [candidate.name for candidate in backends() if candidate.serves]
     forced = _forced()
-    if not forced:
-        return serving[0]
-    if forced not in serving:
-        reasons = {candidate.name: candidate.reason for candidate in backends()}
+    if not forced and not serving:
+        raise RuntimeError(f"no backend can serve: {reasons['composed']}")
+    if forced and forced not in serving:
         why = reasons.get(forced, "there is no backend of that name in this installation")
         raise RuntimeError(
-            f"FEDLORA_BACKEND={forced} cannot serve ({why}); these can: {', '.join(serving)}"
+            f"FEDLORA_BACKEND={forced} cannot serve ({why}); "
+            f"these can: {', '.join(serving) or 'none'}"
         )
-    return forced
+    return forced or serving[0]

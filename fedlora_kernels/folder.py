@@ -29,6 +29,7 @@ def replaced(target: Path, written: frozenset[str]) -> Iterator[Path]:
         FileExistsError: ``target`` is a file, or a non-empty folder without adapter_config.json.
     """
     refuse_foreign(target)
+    target = Path(os.path.realpath(target))  # through links, and out of "." and ".."
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

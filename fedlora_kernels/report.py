@@ -1,5 +1,6 @@
 """Report: how close each module's aggregate came to the ideal update, from the Grams alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -55,8 +56,13 @@ class Report(dict[str, ModuleReport]):
         return sum(values) / len(values) if values else float("nan")
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain numbers for JSON."""
-        return {module: asdict(row) for module, row in self.items()}
+        """Plain numbers for JSON; None for what is not finite (an error beside a zero update)."""
+        return {
+            module: {
+                name: value if math.isfinite(value) else None for name, value in asdict(row).items()
+            }
+            for module, row in self.items()
+        }
 
 
 @dataclass(frozen=True)

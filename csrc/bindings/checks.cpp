@@ -105,6 +105,10 @@ void factor_list(const std::string& name, const Arrays& arrays, int64_t modules)
                      " tensors");
   }
   const auto clients = static_cast<size_t>(count / modules);
+  if (!is_factor(arrays[0].scalar)) {
+    throw WrongType(name + " must be bfloat16, float16, float32 or float64, found " +
+                    arrays[0].dtype);
+  }
   for (size_t i = 0; i < arrays.size(); ++i) {
     const Array& array = arrays[i];
     if (array.dim() != 2) {
@@ -115,13 +119,11 @@ void factor_list(const std::string& name, const Arrays& arrays, int64_t modules)
     }
     sizes(at(name, i), array, arrays[i % clients].sizes);
   }
-  if (!is_factor(arrays[0].scalar)) {
-    throw WrongType(name + " must be bfloat16, float16, float32 or float64, found " +
-                    arrays[0].dtype);
-  }
 }
 
-void list_pair(const Arrays& b, const Arrays& a) {
+void list_pair(const Arrays& b, const Arrays& a, int64_t modules) {
+  factor_list("b", b, modules);
+  factor_list("a", a, modules);
   if (b.size() != a.size()) {
     throw WrongValue("b and a must be equally long, found " +
                      both(std::to_string(b.size()), std::to_string(a.size())) + " tensors");

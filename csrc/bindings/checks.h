@@ -24,7 +24,7 @@ void max_rank(std::optional<int64_t> value);
 void pair(const Array& b, const Array& a);
 void grams(const Array& gram_b, const Array& gram_a);
 void factor_list(const std::string& name, const Arrays& arrays, int64_t modules);
-void list_pair(const Arrays& b, const Arrays& a);
+void list_pair(const Arrays& b, const Arrays& a, int64_t modules);
 void equal_ranks(int64_t stacked_rank, const Array& weights);
 
 bool is_factor(Scalar scalar);

@@ -272,9 +272,7 @@ void combine(const Host& host, const Array& b, const Array& a, const Array& x, c
 void combine_list(const Host& host, const Arrays& b, const Arrays& a, const Array& x,
                   const Array& y) {
   checks::dimensions("x", x, 3);
-  checks::factor_list("b", b, x.size(0));
-  checks::factor_list("a", a, x.size(0));
-  checks::list_pair(b, a);
+  checks::list_pair(b, a, x.size(0));
   const Side left(b, x.size(0), false);
   check_combine(left, x, y);
   combined(host, left, Side(a, x.size(0), true), x, y);
@@ -289,10 +287,9 @@ void stacked_svd(const Host& host, const Array& b, const Array& a, const Array& 
 void stacked_svd_list(const Host& host, const Arrays& b, const Arrays& a, const Array& scale,
                       double energy, MaxRank max_rank, const std::string& precision) {
   checks::dimensions("scale", scale, 2);
+  checks::real("scale", scale);
   const int64_t modules = scale.size(0);
-  checks::factor_list("b", b, modules);
-  checks::factor_list("a", a, modules);
-  checks::list_pair(b, a);
+  checks::list_pair(b, a, modules);
   svds_of(host, Side(b, modules, false), Side(a, modules, true), scale, energy, max_rank,
           precision);
 }
@@ -309,14 +306,15 @@ void flora_na_list(const Host& host, const Arrays& b, const Arrays& a, const Arr
                    const Array& scale, const std::string& precision) {
   checks::dimensions("scale", scale, 2);
   const int64_t modules = scale.size(0);
-  checks::factor_list("b", b, modules);
-  checks::factor_list("a", a, modules);
-  checks::list_pair(b, a);
+  checks::list_pair(b, a, modules);
   check_mixing(modules, weights, scale, precision);
+  if (static_cast<int64_t>(b.size()) != modules * scale.size(1)) {
+    throw WrongValue("b and a must hold one tensor for each of the scalings " +
+                     checks::shape(scale.sizes) + ", found " + std::to_string(b.size()));
+  }
   for (size_t i = 0; i < b.size(); ++i) {
     checks::sizes("b[" + std::to_string(i) + "]", b[i], b[0].sizes);
   }
-  checks::equal_ranks(b[0].size(1) * static_cast<int64_t>(b.size()) / modules, weights);
   flora_na_of(host, Side(b, modules, false), Side(a, modules, true), weights, scale, precision);
 }
 

@@ -19,6 +19,8 @@
 namespace fedlora {
 namespace {
 
+constexpr double kSingleEps = std::numeric_limits<float>::epsilon();
+
 void right_from_left(int64_t rank, int64_t p, const double* x, const double* gram_b,
                      const double* scale, const double* sigma, double* y) {
   if (p == 0) return;
@@ -27,6 +29,16 @@ void right_from_left(int64_t rank, int64_t p, const double* x, const double* gra
   for (int64_t c = 0; c < p; ++c) {
     for (int64_t i = 0; i < rank; ++i) y[c * rank + i] *= scale[i] / (sigma[c] * sigma[c]);
   }
+}
+
+// Under this sigma^2 is float32 rounding where clients cancel: eps / 16 of the sum of the squared
+// norms of the R rank-1 terms.
+double fast_noise(int64_t rank, const double* gram_b, const double* gram_a, const double* scale) {
+  double terms = 0;
+  for (int64_t i = 0; i < rank; ++i) {
+    terms += gram_b[i * rank + i] * scale[i] * scale[i] * gram_a[i * rank + i];
+  }
+  return kSingleEps / 16 * terms;
 }
 
 }  // namespace
@@ -41,7 +53,7 @@ void svd_by_grams(const Factors& b, const Factors& a, const double* scale,
   });
 
   const bool rounded = options.fast && b.dtype != DType::fp64;
-  const double noise = rounded ? 4 * double{std::numeric_limits<float>::epsilon()} : 0;
+  const double noise = rounded ? 4 * kSingleEps : 0;
   const Spectrum spectrum(rank, gram_b.get(), gram_a.get(), scale, noise, options.energy,
                           options.width);
   if (!spectrum.converged()) {

@@ -92,32 +92,40 @@ std::vector<double> cross(int64_t clients, int64_t rank, const double* gram_b, c
   return m;
 }
 
-// x = h^+ right, least norm: Cholesky while h is far from singular, else without the eigenvalues
-// under 16 K eps of the largest, which duplicate clients bring and which are noise.
-void solve(int64_t clients, const std::vector<double>& h, std::vector<double>& x) {
+// x = h^+ x, least norm, with h scaled to a unit diagonal first: a client with B times c and A over c
+// is the same client. Cholesky while h is far from singular; else without the eigenvalues under
+// 16 K eps of the largest, which duplicate clients bring and which are noise.
+void solve(int64_t clients, std::vector<double> h, std::vector<double>& x) {
+  std::vector<double> unit(static_cast<size_t>(clients), 0.0);
+  for (int64_t i = 0; i < clients; ++i) {
+    const double diagonal = h[i * clients + i];
+    if (diagonal > 0) unit[i] = 1 / std::sqrt(diagonal);
+  }
+  for (int64_t i = 0; i < clients; ++i) {
+    x[i] *= unit[i];
+    for (int64_t j = 0; j < clients; ++j) h[i * clients + j] *= unit[i] * unit[j];
+  }
   const double floor = 16 * static_cast<double>(clients) * kEps;
   std::vector<double> work = h;
-  double largest = 0;
-  for (int64_t i = 0; i < clients; ++i) largest = std::max(largest, h[i * clients + i]);
-  bool regular = largest > 0 && lapack::cholesky(clients, work.data(), clients);
+  bool regular = lapack::cholesky(clients, work.data(), clients);
   for (int64_t i = 0; regular && i < clients; ++i) {
     const double pivot = work[i * clients + i];
-    regular = pivot * pivot > 1e4 * floor * largest;
+    regular = pivot * pivot > 1e4 * floor;
   }
   if (regular) {
     lapack::cholesky_solve(clients, work.data(), clients, x.data());
-    return;
+  } else {
+    std::vector<double> values(static_cast<size_t>(clients));
+    std::vector<double> rotated(static_cast<size_t>(clients));
+    lapack::symmetric_eigen(clients, h.data(), values.data());
+    lapack::gemv(true, clients, clients, 1, h.data(), clients, x.data(), 0, rotated.data());
+    for (int64_t i = 0; i < clients; ++i) {
+      const bool kept = values[i] > 0 && values[i] > floor * values[clients - 1];
+      rotated[i] = kept ? rotated[i] / values[i] : 0;
+    }
+    lapack::gemv(false, clients, clients, 1, h.data(), clients, rotated.data(), 0, x.data());
   }
-  work = h;
-  std::vector<double> values(static_cast<size_t>(clients));
-  lapack::symmetric_eigen(clients, work.data(), values.data());
-  std::vector<double> rotated(static_cast<size_t>(clients));
-  lapack::gemv(true, clients, clients, 1, work.data(), clients, x.data(), 0, rotated.data());
-  for (int64_t i = 0; i < clients; ++i) {
-    const bool kept = values[i] > 0 && values[i] > floor * values[clients - 1];
-    rotated[i] = kept ? rotated[i] / values[i] : 0;
-  }
-  lapack::gemv(false, clients, clients, 1, work.data(), clients, rotated.data(), 0, x.data());
+  for (int64_t i = 0; i < clients; ++i) x[i] *= unit[i];
 }
 
 double bilinear(const std::vector<double>& q, const std::vector<double>& m,

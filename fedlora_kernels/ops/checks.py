@@ -109,6 +109,10 @@ def factor_list(name: str, tensors: Sequence[Tensor], modules: int) -> None:
             f"found {len(tensors)} tensors"
         )
     clients = len(tensors) // modules
+    if tensors[0].dtype not in FACTOR_DTYPES:
+        raise TypeError(
+            f"{name} must be bfloat16, float16, float32 or float64, found {tensors[0].dtype}"
+        )
     for index, tensor in enumerate(tensors):
         first = tensors[index % clients]
         if tensor.dim() != 2:
@@ -118,8 +122,14 @@ def factor_list(name: str, tensors: Sequence[Tensor], modules: int) -> None:
         sizes(f"{name}[{index}]", tensor, first.shape)
 
 
-def list_pair(b: Sequence[Tensor], a: Sequence[Tensor]) -> None:
-    """Listed factors of the same clients: b[i] [m,r] beside a[i] [r,n], one dtype."""
+def list_pair(b: Sequence[Tensor], a: Sequence[Tensor], modules: int) -> int:
+    """Listed factors of the same clients: b[i] [m,r] beside a[i] [r,n], one dtype.
+
+    Returns:
+        The stacked rank R of a module.
+    """
+    factor_list("b", b, modules)
+    factor_list("a", a, modules)
     if len(b) != len(a):
         raise ValueError(f"b and a must be equally long, found {len(b)} and {len(a)} tensors")
     if b[0].dtype != a[0].dtype:
@@ -135,3 +145,4 @@ def list_pair(b: Sequence[Tensor], a: Sequence[Tensor]) -> None:
                 f"b[{index}] [m,r] and a[{index}] [r,n] must agree in r, "
                 f"found {shape(left)} and {shape(right)}"
             )
+    return sum(tensor.shape[0] for tensor in a[: len(a) // modules])

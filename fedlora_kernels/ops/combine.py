@@ -53,19 +53,22 @@ def combine_list(b: Sequence[Tensor], a: Sequence[Tensor], x: Tensor, y: Tensor)
 
 def _check(b: Tensor, a: Tensor, x: Tensor, y: Tensor) -> None:
     checks.pair(b, a)
-    checks.dimensions("x", x, 3)
-    checks.real("x", x)
-    if y.dtype != x.dtype:
-        raise TypeError(f"x and y must have one dtype, found {x.dtype} and {y.dtype}")
-    checks.sizes("x", x, (b.shape[0], b.shape[2], x.shape[2]))
-    checks.sizes("y", y, (b.shape[0], x.shape[2], b.shape[2]))
+    _check_coefficients(x, y, b.shape[0], b.shape[2])
 
 
 def _check_list(b: Sequence[Tensor], a: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
     checks.dimensions("x", x, 3)
-    checks.factor_list("b", b, int(x.shape[0]))
-    checks.factor_list("a", a, int(x.shape[0]))
-    checks.list_pair(b, a)
+    rank = checks.list_pair(b, a, int(x.shape[0]))
+    _check_coefficients(x, y, x.shape[0], rank)
+
+
+def _check_coefficients(x: Tensor, y: Tensor, modules: int, rank: int) -> None:
+    checks.dimensions("x", x, 3)
+    checks.real("x", x)
+    if y.dtype != x.dtype:
+        raise TypeError(f"x and y must have one dtype, found {x.dtype} and {y.dtype}")
+    checks.sizes("x", x, (modules, rank, x.shape[2]))
+    checks.sizes("y", y, (modules, x.shape[2], rank))
 
 
 def _composed(b: Tensor, a: Tensor, x: Tensor, y: Tensor) -> Pair:

@@ -84,10 +84,13 @@ def _check_list(
     precision: str = "exact",
 ) -> None:
     checks.dimensions("scale", scale, 2)
-    checks.factor_list("b", b, int(scale.shape[0]))
-    checks.factor_list("a", a, int(scale.shape[0]))
-    checks.list_pair(b, a)
+    checks.list_pair(b, a, int(scale.shape[0]))
     _check_mixing(scale.shape[0], weights, scale, precision)
+    if len(b) != scale.shape[0] * scale.shape[1]:
+        raise ValueError(
+            f"b and a must hold one tensor for each of the scalings {checks.shape(scale)}, "
+            f"found {len(b)}"
+        )
     for index, tensor in enumerate(b):
         checks.sizes(f"b[{index}]", tensor, b[0].shape)
 

@@ -161,17 +161,21 @@ def _objective(
 def _step(flat: Tensor, other_flat: Tensor, other: Tensor, cross: Tensor) -> Tensor:
     """The minimiser over one side's mixing with the other side's fixed, [L,2,K].
 
-    Duplicate clients make H singular, so this is the least-norm solution: eigenvalues under
-    K eps of the largest are noise and are left out.
+    H is scaled to a unit diagonal first (a client with B times c and A over c is the same client),
+    then solved in the least-norm sense: duplicate clients make it singular, and eigenvalues under
+    16 K eps of the largest are noise.
     """
     modules, starts, clients = other.shape
     normal = (_quadratic(other_flat, other) @ flat.mT).view(modules, starts, clients, clients)
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    unit = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
+    normal = unit[..., :, None] * normal * unit[..., None, :]
     values, vectors = torch.linalg.eigh((normal + normal.mT) / 2)
     noise = 16 * clients * torch.finfo(torch.float64).eps * values[..., -1:]
     inverse = torch.where(values > noise, 1 / values, 0)
-    right = other @ cross.mT
+    right = unit * (other @ cross.mT)
     solved: Tensor = vectors @ (inverse[..., None] * (vectors.mT @ right[..., None]))
-    return solved[..., 0]
+    return unit * solved[..., 0]
 
 
 def _fake(

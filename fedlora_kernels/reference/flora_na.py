@@ -30,9 +30,10 @@ def flora_na(
     """
     gram_b, gram_a = gram(b, rows=False, precision=precision), gram(a, rows=True)
     p, q, objective = surrogate(gram_b, gram_a, weights, scale)
+    scale = scale.double()
     clients = scale.shape[1]
     blocks_b = torch.stack(b.double().chunk(clients, dim=2))
     blocks_a = torch.stack(a.double().chunk(clients, dim=1))
     b_hat = torch.einsum("lk,klmr->lmr", q * scale, blocks_b)
     a_hat = torch.einsum("lk,klrn->lrn", p, blocks_a)
-    return b_hat.to(b.dtype), a_hat.to(a.dtype), p, q, objective
+    return b_hat.to(b.dtype).contiguous(), a_hat.to(a.dtype).contiguous(), p, q, objective

@@ -14,8 +14,10 @@ def gram(x: torch.Tensor, rows: bool, precision: str = "exact") -> torch.Tensor:
         precision: taken for the operator's signature; the reference is float64 for either value.
 
     Returns:
-        [L, R, R] float64, both triangles.
+        [L, R, R] float64, exactly symmetric.
     """
     del precision
     x = x.double()
-    return x @ x.mT if rows else x.mT @ x
+    product = x @ x.mT if rows else x.mT @ x
+    symmetric: torch.Tensor = (product + product.mT) / 2
+    return symmetric

@@ -112,14 +112,15 @@ def hetlora(
 ) -> tuple[torch.Tensor, ...]:
     """HetLoRA (arXiv 2401.06432): sparsity-weighted mean of zero-padded factors.
 
-    Factors are padded to the largest rank and averaged with weights proportional to the norm of
-    the client's update ||s_k B_k A_k||_F (``norm_weighted=False``: w_k); client k gets the product
-    of the first r_k columns and rows.  When every update is zero the weights are w_k.
+    Factors are padded to the largest rank and averaged with weights proportional to w_k times the
+    norm of the client's update ||s_k B_k A_k||_F (``norm_weighted=False``: w_k); client k gets the
+    product of the first r_k columns and rows.  When every update is zero the weights are w_k.
     """
     bs = _scaled(bs, scalings)
     if norm_weighted:
         norms = [float((b @ a.double()).norm()) for b, a in zip(bs, as_, strict=True)]
-        weights = [norm / sum(norms) for norm in norms] if sum(norms) > 0 else weights
+        shares = [w * norm for w, norm in zip(weights, norms, strict=True)]
+        weights = [share / sum(shares) for share in shares] if sum(shares) > 0 else weights
     rank = max(b.shape[1] for b in bs)
     padding = torch.nn.functional.pad
     mean_b = _mean([padding(b, (0, rank - b.shape[1])) for b in bs], weights)

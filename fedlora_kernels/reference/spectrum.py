@@ -43,12 +43,12 @@ def spectrum(
 
     Accuracy: a Gram matrix in float64 resolves singular values down to sqrt(eps) of the largest of
     its columns brought to unit length.  Components with sigma^2 <= R eps sigma_1^2 are below that:
-    their ``left`` and ``right`` are zero here, their sigma is what the SVD returned.
+    they are zero here.
 
     Args:
         gram_b: [L, R, R] float64, B^T B.
         gram_a: [L, R, R] float64, A A^T.
-        scale: [L, R] float64, the diagonal of D.
+        scale: [L, R], the diagonal of D.
         energy: taken for the operator's signature; the reference computes every component.
         max_rank: likewise.
 
@@ -57,6 +57,7 @@ def spectrum(
         float64, and info [L] int64, zero.
     """
     del energy, max_rank
+    scale = scale.double()
     stacked_rank = scale.shape[-1]
     sigmas, totals, lefts, rights = [], [], [], []
     for module_gram_b, module_gram_a, diagonal in zip(gram_b, gram_a, scale, strict=True):
@@ -65,7 +66,7 @@ def spectrum(
         core_left, sigma, core_right = torch.linalg.svd(core)
         kept = sigma.square() > stacked_rank * _EPS * sigma[0].square()
         inverse = torch.where(kept, 1 / sigma, torch.zeros_like(sigma))
-        sigmas.append(sigma)
+        sigmas.append(sigma * kept)
         totals.append(core.square().sum())
         lefts.append(diagonal[:, None] * (factor_a.mT @ core_right.mT) * kept)
         rights.append(inverse[:, None] * (core_left.mT @ factor_b) * diagonal)

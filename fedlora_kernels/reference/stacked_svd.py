@@ -20,7 +20,7 @@ def stacked_svd(
     Args:
         b: [L, m, R], any floating dtype.
         a: [L, R, n], the same dtype.
-        scale: [L, R] float64, the diagonal of D.
+        scale: [L, R], the diagonal of D.
         energy: share of ||dW||^2 to keep, in (0, 1].
         max_rank: cap on the rank and the width of the result, or None for min(R, m, n).
         precision: taken for the operator's signature; the reference is float64 for either value.
@@ -42,7 +42,7 @@ def stacked_svd(
     sigma = torch.zeros(modules, stacked_rank, dtype=torch.float64, device=b.device)
     ranks = torch.zeros(modules, dtype=torch.int64, device=b.device)
     for module in range(modules):
-        dense = (b[module].double() * scale[module]) @ a[module].double()
+        dense = (b[module].double() * scale[module].double()) @ a[module].double()
         left, values, right = torch.linalg.svd(dense, full_matrices=False)
         sigma[module, :attainable] = values[:attainable]
         total = dense.square().sum()

@@ -13,7 +13,7 @@ def surrogate(
     gram_a: torch.Tensor,
     weights: torch.Tensor,
     scale: torch.Tensor,
-    max_sweeps: int = 32,
+    max_sweeps: int = 50,
     tol: float = 1e-12,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return p and q minimising the distance between a product of averages and dW.
@@ -45,7 +45,7 @@ def surrogate(
     """
     del tol
     modules, clients = scale.shape
-    weights = weights.double().to(gram_b.device)
+    weights, scale = weights.double(), scale.double()
     p = torch.empty(modules, clients, dtype=torch.float64, device=gram_b.device)
     q = torch.empty_like(p)
     objective = torch.empty(modules, max_sweeps + 1, dtype=torch.float64, device=gram_b.device)

@@ -14,8 +14,9 @@ def weighted_sum(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         [L, ...] in the dtype of ``stacked``.
     """
     weights = weights.double().expand(stacked.shape[:2])
-    total = torch.zeros_like(stacked[:, 0], dtype=torch.float64)
+    modules, _, *shape = stacked.shape
+    total = torch.zeros(modules, *shape, dtype=torch.float64, device=stacked.device)
     for client in range(stacked.shape[1]):
-        for module in range(stacked.shape[0]):
+        for module in range(modules):
             total[module] += weights[module, client] * stacked[module, client].double()
     return total.to(stacked.dtype)

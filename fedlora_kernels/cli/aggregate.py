@@ -1,0 +1,268 @@
+"""`fedlora aggregate`: the clients' adapter folders in, the global adapter's folder out."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from fedlora_kernels import folder
+from fedlora_kernels.cli import screen
+from fedlora_kernels.cli.program import BadInput, bad_input, require_torch, require_writable
+from fedlora_kernels.cli.rule_options import NUMBERS, given, numbers
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedlora_kernels.aggregate import Aggregation
+    from fedlora_kernels.report import CurvePoint, ModuleReport, Report
+
+# More modules than this are summed up by projection unless --modules asks for all.
+_ROWS = 16
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def aggregate(
+    context: typer.Context,
+    clients: Annotated[list[str], typer.Argument(metavar="CLIENT...")],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", help="Folder for the global adapter; an adapter there is replaced."
+        ),
+    ],
+    rule: Annotated[
+        str, typer.Option(metavar="NAME", help="Aggregation rule, see `fedlora rules`.")
+    ] = "florist",
+    weights: Annotated[
+        Sequence[float] | None,
+        typer.Option(
+            parser=numbers,
+            metavar=NUMBERS,
+            help="The clients' weights, numbers of examples say, in the order of the clients; "
+            "without it they count equally.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")
+    ] = None,
+    absent: Annotated[
+        str,
+        typer.Option(
+            click_type=click.Choice(["zero", "renormalise"]),
+            help="What a client without a module counts as: a zero update, or not at all.",
+        ),
+    ] = "zero",
+    precision: Annotated[
+        str,
+        typer.Option(
+            click_type=click.Choice(["exact", "fast"]),
+            help="Accumulate in float64, or in float32 with promotion.",
+        ),
+    ] = "exact",
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Pad every module with zeros to one rank, for servers that ignore rank_pattern.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            click_type=click.Choice(_DTYPES), help="Dtype of the result; the clients' by default."
+        ),
+    ] = None,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="List every module, however many there are.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Combine the clients' adapters into one.
+
+    Every CLIENT is a PEFT adapter folder (adapter_config.json and adapter_model.safetensors); so is
+    the result, with report.json beside it.
+    """
+    require_torch()
+    options = given(context, rule)
+    _refuse_out(out, clients)
+    place = None if device is None else _device(device)
+
+    start = time.perf_counter()
+    adapters = screen.load(clients)
+    with screen.working(f"Aggregating with {rule}"), bad_input():
+        result = _call(
+            adapters,
+            rule=rule,
+            weights=weights,
+            device=place,
+            absent=absent,
+            precision=precision,
+            uniform_rank=uniform_rank,
+            dtype=dtype,
+            options=options,
+        )
+    with screen.working(f"Writing {out}"):
+        _save(result, out)
+    seconds = time.perf_counter() - start
+
+    if as_json:
+        screen.print_json(_described(result, out, seconds))
+    else:
+        _show(result, out, seconds, modules)
+
+
+def _refuse_out(out: str, clients: Sequence[str]) -> None:
+    """Refuse an output folder that cannot be written, or would destroy a client's folder."""
+    target = Path(os.path.realpath(out))
+    for client in clients:
+        source = Path(os.path.realpath(client))
+        relation = "is" if target == source else ""
+        relation = "contains" if target in source.parents else relation
+        relation = "is inside" if source in target.parents else relation
+        if relation:
+            raise BadInput(
+                f"--out {out} {relation} the client folder {client}; choose another folder"
+            )
+    here = Path.cwd().resolve()
+    if target == here or target in here.parents:
+        relation = "is" if target == here else "contains"
+        raise BadInput(f"--out {out} {relation} the working directory; choose another folder")
+    require_writable(out)
+    with bad_input():
+        folder.refuse_foreign(Path(out))
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"--device {name} cannot be used: {reason}") from error
+    return device
+
+
+def _call(
+    adapters: Sequence[Any], *, dtype: str | None, options: Mapping[str, Any], **rest: Any
+) -> "Aggregation":
+    import torch
+
+    from fedlora_kernels.aggregate import aggregate as combine
+
+    chosen = None if dtype is None else getattr(torch, dtype)
+    return combine(adapters, dtype=chosen, **rest, **options)
+
+
+def _save(result: "Aggregation", out: str) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        # Where a symbolic link points is replaced, never the link.
+        result.save(os.path.realpath(out))
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk its own way
+        raise BadInput(f"{out} cannot be written: {error}") from error
+
+
+def _described(result: "Aggregation", out: str, seconds: float) -> dict[str, Any]:
+    report = result.report
+    return {
+        "rule": result.rule.name,
+        "clients": [adapter.name for adapter in result.clients],
+        "modules": report.as_dict(),
+        "mean": {
+            "rank": report.mean_rank,
+            "energy": report.energy,
+            "relative_error": report.relative_error,
+            "svd_floor": report.svd_floor,
+        },
+        "curve": [dataclasses.asdict(point) for point in result.curve],
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "seconds": seconds,
+        "out": out,
+    }
+
+
+def _show(result: "Aggregation", out: str, seconds: float, every_module: bool) -> None:
+    console, report = screen.out(), result.report
+    if report:
+        summed_up = len(report) > _ROWS and not every_module
+        screen.show(console, _by_projection(report) if summed_up else _by_module(report))
+    if result.curve:
+        screen.show(console, _curve(result.curve))
+    parts = [f"{result.rule.title}, {len(result.clients)} clients, {len(report)} modules"]
+    if report:
+        parts.append(
+            f"mean rank {screen.number(report.mean_rank)}, energy {screen.share(report.energy)}, "
+            f"relative error {screen.share(report.relative_error)} (SVD floor "
+            f"{screen.share(report.svd_floor)})"
+        )
+    parts.append(
+        f"per client {screen.spread(result.bytes_up, screen.size)} up, "
+        f"{screen.spread(result.bytes_down, screen.size)} down"
+    )
+    parts += [f"{seconds:.2f} s", f"written to {out}"]
+    console.print(Text("; ".join(parts)), soft_wrap=True)
+
+
+def _by_module(report: "Report") -> Table:
+    headings = ("rank", "energy", "relative error", "SVD floor")
+    table = screen.table("module", numbers=headings, title="Aggregate by module")
+    for module, row in report.items():
+        shares = (row.energy, row.relative_error, row.svd_floor)
+        table.add_row(Text(module), str(row.rank), *map(screen.share, shares))
+    return table
+
+
+def _by_projection(report: "Report") -> Table:
+    from fedlora_kernels.inspection import projection_names
+
+    groups: dict[str, list[ModuleReport]] = {}
+    for module, name in projection_names(report).items():
+        groups.setdefault(name, []).append(report[module])
+    columns = ("rank mean", "rank max", "energy mean", "energy min", "error mean", "error max")
+    headings = ["modules", *columns, "floor mean", "floor max"]
+    table = screen.table(
+        "projection",
+        numbers=["\n".join(heading.rsplit(" ", 1)) for heading in headings],
+        title="Aggregate by projection (relative error; floor: SVD of the same rank)",
+        caption="--modules lists every module",
+    )
+    for name, rows in groups.items():
+        cells = [screen.number(_mean([row.rank for row in rows])), str(max(r.rank for r in rows))]
+        energies = [row.energy for row in rows]
+        cells += [screen.share(_mean(energies)), screen.share(min(energies))]
+        for field in ("relative_error", "svd_floor"):
+            values = [getattr(row, field) for row in rows]
+            cells += [screen.share(_mean(values)), screen.share(max(values))]
+        table.add_row(Text(name), str(len(rows)), *cells)
+    return table
+
+
+def _curve(points: "Sequence[CurvePoint]") -> Table:
+    headings = ("energy", "mean rank", "relative error", "parameters")
+    table = screen.table(numbers=headings, title="Rank against error")
+    for point in points:
+        table.add_row(
+            f"{point.energy:g}",
+            screen.number(point.mean_rank),
+            screen.share(point.relative_error),
+            f"{point.parameters:,}",
+        )
+    return table
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

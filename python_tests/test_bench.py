@@ -1,0 +1,403 @@
+"""The benchmarks themselves: peers and floors are right, wrong outputs get no number.
+
+Times are never compared with anything here.
+"""
+
+import json
+import math
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import fedlora_kernels as flk
+from fedlora_kernels import bench, reference
+from fedlora_kernels.bench import (
+    aggregations,
+    correctness,
+    inputs,
+    memory,
+    overhead,
+    peers,
+    pipelines,
+    results,
+    roofline,
+    stages,
+)
+from fedlora_kernels.bench.correctness import Check
+from fedlora_kernels.bench.device import Device
+from fedlora_kernels.bench.inputs import Stacks
+from fedlora_kernels.bench.measure import Comparison, Run, Variant, ratio
+from fedlora_kernels.bench.roofline import Roofline, Work
+from fedlora_kernels.bench.shapes import FLORIST_RANKS, LAYERS, MODELS, Case, equal
+
+CPU = Device.use("cpu", 2)
+ROOF = Roofline(1e9, 1e9, 2e9)
+PLAIN = Case("test", "module", equal(3, 4), modules=2, dtype=torch.float64, size=(37, 53))
+MIXED = replace(PLAIN, ranks=(5, 3, 1))
+WIDE = replace(PLAIN, ranks=equal(6, 8))
+SINGLE = replace(PLAIN, dtype=torch.float32)
+TIGHT = 1e-12
+"""float64 peers against the float64 reference, relative to the update's norm."""
+
+
+@pytest.fixture
+def stacks(request: pytest.FixtureRequest) -> Stacks:
+    return inputs.draw(getattr(request, "param", PLAIN))
+
+
+def updates(stacks: Stacks, rule: Callable[..., torch.Tensor], **options: Any) -> torch.Tensor:
+    weights = stacks.weights.tolist()
+    return torch.stack(
+        [
+            rule(
+                stacks.client_b[index],
+                stacks.client_a[index],
+                stacks.scalings[index].tolist(),
+                weights,
+                **options,
+            )
+            for index in range(stacks.case.modules)
+        ]
+    )
+
+
+def assert_updates(pairs: list[correctness.Pair], expected: torch.Tensor, tolerance: float) -> None:
+    found = torch.stack([b.double() @ a.double() for b, a in pairs])
+    error = torch.linalg.matrix_norm(found - expected) / torch.linalg.matrix_norm(expected)
+    assert float(error.max()) <= tolerance
+
+
+@pytest.mark.parametrize("stacks", [PLAIN, MIXED, WIDE], indirect=True, ids=str)
+@pytest.mark.parametrize("energy", [0.5, 0.9])
+@pytest.mark.parametrize("peer", [peers.three_svds, peers.qr_core, peers.dense_svd])
+def test_svd_peers_are_florist(
+    stacks: Stacks, energy: float, peer: Callable[..., list[correctness.Pair]]
+) -> None:
+    expected = updates(stacks, reference.rules.florist, energy=energy, max_rank=6)
+    assert_updates(peer(stacks, energy, 6), expected, TIGHT)
+
+
+@pytest.mark.parametrize("stacks", [PLAIN, MIXED], indirect=True, ids=str)
+def test_svd_lowrank_is_near_the_truncation(stacks: Stacks) -> None:
+    torch.manual_seed(0)
+    checks = correctness.near_optimal(
+        stacks, peers.svd_lowrank(stacks, 6), pipelines.SVD_LOWRANK_EXCESS
+    )
+    assert all(check.passed for check in checks), checks
+
+
+@pytest.mark.parametrize("case", [SINGLE, replace(MIXED, dtype=torch.float32)], ids=str)
+def test_peft_peers(case: Case) -> None:
+    stacks = inputs.draw(case)
+    model = peers.PeftModel(stacks)
+    dense = updates(stacks, reference.rules.ideal_update)
+    eps = 8 * torch.finfo(torch.float32).eps
+    for _ in range(2):  # a second merge under the same name is done again, not returned at once
+        model.forget()
+        merged = model.merge("svd", 4)
+        assert merged[0][1].shape[0] == 4
+        assert_updates(merged, torch.stack([reference.rules.truncate(x, 4) for x in dense]), eps)
+    model.forget()
+    stacked = model.merge("cat")
+    assert stacked[0][1].shape[0] == case.stacked_rank
+    assert_updates(stacked, dense, eps)
+
+
+@pytest.mark.parametrize("stacks", [SINGLE], indirect=True, ids=str)
+def test_numpy_average_is_the_weighted_sum(stacks: Stacks) -> None:
+    arrays = [[stacks.client_a[module][k].numpy() for module in range(2)] for k in range(3)]
+    found = peers.flower_average(arrays, [8.0, 6.0, 4.0])
+    stacked = stacks.a.unflatten(1, (3, -1))
+    expected = reference.weighted_sum(stacked, torch.tensor([8.0, 6.0, 4.0]) / 18)
+    torch.testing.assert_close(
+        torch.stack([torch.from_numpy(x) for x in found]), expected, rtol=1e-6, atol=1e-7
+    )
+
+
+def test_numpy_selection_is_the_references() -> None:
+    sigma = inputs.spectra(replace(PLAIN, modules=40))
+    expected = reference.select_rank(sigma, sigma.square().sum(-1), 0.9, 8)
+    assert peers.numpy_selection(sigma.numpy(), 0.9, 8) == expected.tolist()
+
+
+def test_spectrum_peers(stacks: Stacks) -> None:
+    grams = reference.gram(stacks.b, False), reference.gram(stacks.a, True)
+    expected = reference.spectrum(*grams, stacks.scale)[0]
+    scale = float(expected.max()) ** 2
+    roots = torch.stack([sigma for _, sigma in peers.two_roots(*grams, stacks.scale)])
+    squares = torch.stack(peers.product_eigenvalues(*grams, stacks.scale))
+    assert float((roots.square() - expected.square()).abs().max()) <= 1e-13 * scale
+    assert float((squares - expected.square()).abs().max()) <= 1e-12 * scale
+
+
+def test_adam_minimises_flora_nas_objective() -> None:
+    stacks = inputs.draw(replace(PLAIN, family="unbalanced"))
+    grams = reference.gram(stacks.b, False), reference.gram(stacks.a, True)
+    objective = reference.surrogate(*grams, stacks.weights, stacks.scalings)[2]
+    even = stacks.weights.expand_as(stacks.scalings)
+    start = stages.shortfall(stacks, even, even)
+    torch.testing.assert_close(start, objective[:, 0] / stacks.total_energy, rtol=1e-9, atol=0)
+    reached = stages.shortfall(stacks, *peers.adam(stacks, 1e-2, 60))
+    assert bool((reached < start).all())
+    assert bool((reached >= objective[:, -1] / stacks.total_energy * (1 - 1e-9)).all())
+
+
+@pytest.mark.parametrize("stacks", [PLAIN, MIXED, WIDE], indirect=True, ids=str)
+def test_reference_values_are_those_of_the_dense_update(stacks: Stacks) -> None:
+    dense = torch.stack([stacks.update(index) for index in range(stacks.case.modules)])
+    assert_updates(list(zip(stacks.b * stacks.scale[:, None], stacks.a, strict=True)), dense, TIGHT)
+    expected = torch.linalg.svdvals(dense)
+    error = (stacks.sigma - expected[:, : stacks.sigma.shape[1]]).abs().max()
+    assert float(error) <= TIGHT * float(expected.max())
+    pairs = peers.qr_core(stacks, 0.5, None)
+    gaps = torch.stack([x - b @ a for x, (b, a) in zip(dense, pairs, strict=True)])
+    torch.testing.assert_close(
+        correctness.distances(stacks, pairs), torch.linalg.matrix_norm(gaps), rtol=1e-9, atol=0
+    )
+
+
+def test_families_keep_the_ranks_they_promise() -> None:
+    few = inputs.draw(Case("test", "x", equal(8, 16), modules=1, size=(512, 512)))
+    many = inputs.draw(replace(few.case, family="drifted"))
+    assert 4 <= int(correctness.expected_ranks(few, 0.9, None)) <= 7
+    assert int(correctness.expected_ranks(many, 0.9, None)) >= 128 // 4
+    assert torch.equal(few.b, inputs.draw(few.case).b)
+
+
+def comparisons() -> dict[str, Callable[[], Comparison]]:
+    narrow = inputs.draw(replace(SINGLE, size=(64, 96)))
+    mixed = inputs.draw(replace(SINGLE, ranks=(5, 3, 1)))
+    bf16 = inputs.draw(replace(SINGLE, dtype=torch.bfloat16))
+    made: dict[str, Callable[[], Comparison]] = {
+        "gram": lambda: stages.gram(narrow),
+        "gram bf16": lambda: stages.gram(bf16),
+        "spectrum": lambda: stages.spectrum(narrow),
+        "rank": lambda: stages.rank(PLAIN, inputs.spectra(PLAIN)),
+        "combine": lambda: stages.combine(mixed),
+        "weighted_sum": lambda: stages.weighted_sum(narrow),
+        "surrogate": lambda: stages.surrogate(narrow, steps=30),
+        "stacked_svd": lambda: pipelines.stacked_svd(
+            narrow, max_rank=8, dense=True, merged=("svd", "cat")
+        ),
+        "stacked_svd mixed": lambda: pipelines.stacked_svd(mixed, max_rank=8),
+        "flora_na": lambda: pipelines.flora_na(narrow),
+        "flora_na bf16": lambda: pipelines.flora_na(bf16),
+    }
+    for rule in ("fedit", "flora_na", "flora", "florist", "fedex", "flexlora"):
+        made[f"aggregate {rule}"] = lambda rule=rule: aggregations.aggregation(narrow, rule)
+    return made
+
+
+COMPARISONS = comparisons()
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_variant_is_right_and_gets_a_number(name: str) -> None:
+    torch.manual_seed(0)
+    rows = Run(COMPARISONS[name](), CPU, ROOF, rounds=1).measured()
+    assert {row.variant: row.refused for row in rows if row.refused} == {}
+    assert rows[0].source == ""
+    assert rows[0].times_first == 1
+    for row in rows:
+        assert row.seconds is not None
+        assert row.share_of_floor == pytest.approx(row.floor_seconds / row.seconds)
+        assert all(check["error"] <= check["tolerance"] for check in row.checks)
+
+
+def variant(name: str, error: float) -> Variant:
+    return Variant(name, lambda: None, lambda _: [Check("error", error, 1e-6)], Work(1e3), name)
+
+
+@pytest.mark.parametrize("error", [2e-6, math.nan, math.inf])
+def test_a_red_check_refuses_the_number(error: float) -> None:
+    wrong = Comparison("gram", PLAIN, (variant("right", 0.0), variant("wrong", error)))
+    right, refused = Run(wrong, CPU, ROOF, rounds=3).measured()
+    assert right.seconds is not None
+    assert (refused.seconds, refused.samples, refused.times_first) == (None, (), None)
+    assert (refused.share_of_floor, refused.gflops) == (None, None)
+    assert "error is" in refused.refused
+    assert "allowed 1e-06" in refused.refused
+
+
+def test_nothing_is_related_to_a_refused_first_variant() -> None:
+    wrong = Comparison("gram", PLAIN, (variant("wrong", 1.0), variant("right", 0.0)))
+    refused, right = Run(wrong, CPU, ROOF, rounds=3).measured()
+    assert refused.seconds is None
+    assert right.seconds is not None
+    assert right.times_first is None
+
+
+def test_wrong_factors_are_red() -> None:
+    stacks = inputs.draw(SINGLE)
+    pairs = peers.three_svds(stacks, 0.9, None)
+    good = correctness.near_optimal(stacks, pairs)
+    (b, a), rest = pairs[0], pairs[1:]
+    bad = correctness.near_optimal(stacks, [(b * (1 + 1e-2), a), *rest])
+    ranks = [a.shape[0] for _, a in pairs]
+    assert good[0].passed
+    assert not bad[0].passed
+    assert correctness.same_ranks(stacks, ranks, 0.9, None)[0].passed
+    ranks[0] += 1
+    assert not correctness.same_ranks(stacks, ranks, 0.9, None)[0].passed
+
+
+def test_the_floor_is_the_slower_of_moving_and_computing() -> None:
+    assert Work(3e9).floor(ROOF) == 3
+    assert Work(1e9, flops_64=2e9, flops_32=2e9).floor(ROOF) == 3
+    assert (Work(1, 2, 3) + Work(10, 20, 30)) == Work(11, 22, 33)
+
+
+def test_counts_of_work() -> None:
+    b, a = torch.zeros(2, 37, 12), torch.zeros(2, 12, 53)
+    moved = 4 * 2 * 37 * 12 + 8 * 2 * 12 * 12
+    flops = 2 * 12 * 13 * 37
+    assert roofline.gram(b, False) == Work(moved, flops_64=flops)
+    assert roofline.gram(b, False, "fast") == Work(moved, flops_32=flops)
+    assert roofline.gram(b.double(), False, "fast").flops_64 == flops
+    assert roofline.combine(b, a, 6, 4) == Work(
+        4 * 2 * 90 * 12 + 4 * 2 * 4 * 90, flops_32=2 * 12 * 90 * 6
+    )
+    assert roofline.weighted_sum(torch.zeros(2, 3, 5)) == Work(4 * (30 + 10))
+    one_pass = roofline.stacked_svd(b, a, 6, 4)
+    assert one_pass.bytes == roofline.combine(b, a, 6, 4).bytes
+    grams = roofline.gram(b, False).flops + roofline.gram(a, True).flops
+    assert one_pass.flops_64 == grams + roofline.spectrum(2, 12, 3).flops_64
+    beyond = roofline.stacked_svd(torch.zeros(1, 37, 64), torch.zeros(1, 64, 53), 6, 4)
+    dense = 2 * 37 * 53 * 64 + 37 * 37 * 53
+    assert beyond.flops_64 == dense + roofline.spectrum(1, 37, 6).flops_64
+
+
+def test_ratios_are_medians_of_rounds() -> None:
+    assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == 2.0
+    assert ratio([8.0], [1.0, 2.0, 4.0]) == 4.0
+    assert ratio([], [1.0]) is None
+
+
+def test_the_roofline_is_measured() -> None:
+    measured = Roofline.measure(CPU, 1 << 12, 32)
+    assert measured.copy_bytes_per_second > 0
+    assert measured.fp64_flops_per_second > 0
+    assert measured.fp32_flops_per_second > 0
+
+
+def test_result_files(tmp_path: Path) -> None:
+    rows = Run(stages.gram(inputs.draw(SINGLE)), CPU, ROOF, rounds=2).measured()
+    path = results.write(tmp_path, CPU, results.of_rows("gram", CPU, ROOF, rows))
+    assert path == tmp_path / CPU.folder / "gram.json"
+    assert CPU.folder.endswith("-2-threads")
+    text = path.read_text(encoding="utf-8")
+    assert socket.gethostname() not in text.split('"')
+    assert str(Path.home()) not in text
+    found = results.read(path.parent)["gram"]
+    assert {"schema", "date", "backend", "device", "versions", "roofline", "rows"} <= found.keys()
+    assert {"python", "torch", "fedlora_kernels"} <= found["versions"].keys()
+    row = found["rows"][0]
+    assert (row["m"], row["n"], row["stacked_rank"], row["ranks"]) == (37, 53, 12, "3 x 4")
+    assert len(row["samples"]) == 2
+    path.write_text(json.dumps({**found, "schema": 0}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"gram.json has schema 0, expected 1"):
+        results.read(path.parent)
+
+
+def test_shapes() -> None:
+    assert MODELS.keys() == LAYERS.keys()
+    grouped = Case("Llama-3-8B", "v_proj", FLORIST_RANKS, modules=2)
+    assert (grouped.m, grouped.n, grouped.stacked_rank) == (1024, 4096, 152)
+    assert str(grouped) == "Llama-3-8B v_proj 2 x 1024x4096, 64,32,16,16,8,8,4,4, fp32"
+
+
+def test_the_short_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small = tuple((SINGLE, compare) for _, compare in bench.SHORT)
+    monkeypatch.setattr(bench, "SHORT", small)
+    monkeypatch.setattr(Roofline, "measure", lambda *_: ROOF)
+    monkeypatch.setattr("fedlora_kernels.bench.measure.ROUNDS", (1, 1))
+    console = Console(width=80, record=True)
+    assert bench.main(threads=2, out=tmp_path, console=console) == 0
+    text = console.export_text()
+    for shown in ("three SVDs", "PEFT svd", "numpy average", "of floor", "bmm in float64"):
+        assert shown in text
+    assert results.read(tmp_path / CPU.folder)["short"]["rows"]
+
+
+def test_peak_memory_in_a_process_of_its_own() -> None:
+    case = Case("test", "x", equal(8, 16), modules=1, size=(1024, 1024))
+    measured = memory.peak("three SVDs", case, 1)
+    assert measured is not None
+    assert measured.inputs == 2 * 1024 * 128 * 4
+    # U_B, V_A and their products exist at once; LAPACK's workspace is not ten times that.
+    assert 1.5 * measured.inputs <= measured.peak <= 20 * measured.inputs
+
+
+def test_operators_are_timed_once_and_put_back() -> None:
+    clients = aggregations.adapters(inputs.draw(SINGLE))
+    before = torch.ops.fedlora.gram
+    with overhead.operators_timed() as watch:
+        flk.aggregate(clients, rule="florist")
+    assert torch.ops.fedlora.gram is before
+    assert watch.seconds > 0
+    assert sum(watch.calls.get(name, 0) for name in ("gram", "gram_list")) == 2
+    with overhead.operators_timed() as watch:
+        flk.ops.gram_list([torch.ones(4, 2), torch.ones(4, 2)], 1, False)
+    assert watch.calls == {"gram_list": 1}
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    return lambda name: import_module(f"benchmarks.{name}")
+
+
+def test_acceptance_and_figures(scripts: Callable[[str], Any], tmp_path: Path) -> None:
+    acceptance, figures, readme = map(scripts, ("acceptance", "figures", "readme"))
+    found = acceptance.measure(CPU, acceptance.Extent(tiny=True), tmp_path, Console(quiet=True))
+    assert [row["refused"] for row in found["rows"]] == [""] * len(found["rows"])
+    summary = found["summary"]
+    assert len(summary["stacked_svd"]) == 4
+    for case in summary["stacked_svd"]:
+        for precision in ("exact", "fast"):
+            assert set(case["times_as_long_as"][precision]) == {"three SVDs", "QR + QR + core SVD"}
+    assert summary["flora_na"]["solve_over_gram"] > 0
+    assert {entry["dtype"] for entry in summary["folders"]} == {"fp32", "bf16"}
+    assert all(entry["outside_over_files"] > 0 for entry in summary["folders"])
+
+    path = results.write(tmp_path, CPU, found)
+    rows = Run(stages.gram(inputs.draw(SINGLE)), CPU, ROOF, rounds=1).measured()
+    results.write(tmp_path, CPU, results.of_rows("gram", CPU, ROOF, rows))
+    drawn = figures.drawn(path.parent, "svg")
+    assert [figure.name for figure in drawn] == ["speedups.svg", "floors.svg"]
+    section = readme.section(results.read(path.parent), ["a/speedups.svg"])
+    assert "of floor" in section
+    assert "![speedups](a/speedups.svg)" in section
+    page = readme.replaced(f"top\n{readme.BEGIN}\nstale section\n{readme.END}\nend", section)
+    assert page.startswith("top")
+    assert page.endswith("end")
+    assert "stale section" not in page
+    with pytest.raises(ValueError, match="expected the markers"):
+        readme.replaced("no markers", section)
+
+
+def test_growth(scripts: Callable[[str], Any], tmp_path: Path) -> None:
+    scaling, figures = map(scripts, ("scaling", "figures"))
+    assert scaling.slope([(2.0, 3 * 2.0**2.5), (4.0, 3 * 4.0**2.5), (8.0, 3 * 8.0**2.5)]) == (
+        pytest.approx(2.5)
+    )
+    points = [
+        {"stacked_rank": rank, "seconds": {"gram": rank**2 * 100.0, "spectrum": float(rank**3)}}
+        for rank in (16, 64, 256)
+    ]
+    assert scaling.crossing(points, "gram", "spectrum") == pytest.approx(100)
+    curve = scaling.shrunk(scaling.curves()[0])
+    found = scaling.walk(curve, CPU, ROOF)
+    assert [point["x"] for point in found["points"]] == [2, 4, 8]
+    assert [point["refused"] for point in found["points"]] == [{}] * 3
+    assert {"stacked_svd", "gram", "spectrum", "three SVDs"} <= found["exponents"].keys()
+    document = results.document("scaling", CPU, ROOF, {"curves": [found]})
+    path = results.write(tmp_path, CPU, document)
+    assert [figure.name for figure in figures.drawn(path.parent, "svg")] == ["growth.svg"]
