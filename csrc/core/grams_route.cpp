@@ -60,9 +60,13 @@ void svd_by_grams(const Factors& b, const Factors& a, const double* scale,
     throw std::runtime_error(
         "the factors hold values that are not finite, or overflow in products");
   }
-  std::copy_n(spectrum.sigma(), rank, result.sigma);
+  const double floor = options.fast ? fast_noise(rank, gram_b.get(), gram_a.get(), scale) : 0;
+  for (int64_t i = 0; i < rank; ++i) {
+    const double sigma = spectrum.sigma()[i];
+    result.sigma[i] = sigma * sigma > floor ? sigma : 0;
+  }
   const int64_t p =
-      select_rank(spectrum.sigma(), rank, spectrum.total_energy(), options.energy, options.width);
+      select_rank(result.sigma, rank, spectrum.total_energy(), options.energy, options.width);
   *result.rank = p;
 
   const Buffer<double> x(rank * p);

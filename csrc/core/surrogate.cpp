@@ -92,8 +92,8 @@ std::vector<double> cross(int64_t clients, int64_t rank, const double* gram_b, c
   return m;
 }
 
-// x = h^+ x, least norm, with h scaled to a unit diagonal first: a client with B times c and A over c
-// is the same client. Cholesky while h is far from singular; else without the eigenvalues under
+// x = h^+ x, least norm, with h scaled to a unit diagonal first: a client with B times c and A over
+// c is the same client. Cholesky while h is far from singular; else without the eigenvalues under
 // 16 K eps of the largest, which duplicate clients bring and which are noise.
 void solve(int64_t clients, std::vector<double> h, std::vector<double>& x) {
   std::vector<double> unit(static_cast<size_t>(clients), 0.0);
