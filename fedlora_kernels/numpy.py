@@ -106,9 +106,7 @@ def combine(b: Array, a: Array, x: Array, y: Array) -> tuple[Array, Array]:
     return result
 
 
-def combine_list(
-    b: Sequence[Array], a: Sequence[Array], x: Array, y: Array
-) -> tuple[Array, Array]:
+def combine_list(b: Sequence[Array], a: Sequence[Array], x: Array, y: Array) -> tuple[Array, Array]:
     """:func:`combine` of clients' factors where they lie: see ``ops.combine_list``."""
     result: tuple[Array, Array] = _numpy.combine_list(b, a, x, y, _threads)
     return result
