@@ -23,8 +23,10 @@ from fedlora_kernels.peft_format import PREFIX, Config
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# What this library writes into an adapter folder; report.json and residual come from aggregate.
-WRITTEN = frozenset({CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "report.json", "residual"})
+# What this library writes into an adapter folder; the last three come from aggregate.
+WRITTEN = frozenset(
+    {CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "report.json", "residual", "clients"}
+)
 
 
 class AdapterError(ValueError):
@@ -77,10 +79,10 @@ class Adapter:
         name: str | None = None,
         source: Path | None = None,
     ) -> None:
-        self.factors = dict(factors)
         self.config = config
         self.extras = dict(extras or {})
         self.vera = dict(vera or {})
+        self.factors = _vera_factors(self.vera, self.extras) if self.vera else dict(factors)
         self.name = name
         self.source = source
 
@@ -166,7 +168,7 @@ class Adapter:
         source: Path | None = None,
     ) -> "Adapter":
         who = name or "adapter"
-        reason = peft_format.refusal(config)
+        reason = peft_format.refusal(config) or peft_format.malformed(config)
         if reason is not None:
             raise AdapterError(f"{who}: {reason}")
         pairs: dict[str, dict[str, Tensor]] = {}
@@ -194,8 +196,6 @@ class Adapter:
         for module, sides in sorted(vectors.items()):
             _require_both(who, module, sides, ("vera_lambda_b", "vera_lambda_d"))
             vera[module] = (sides["b"], sides["d"])
-        if vera:
-            factors = _vera_factors(vera, extras)
         return cls(factors, config, extras=extras, vera=vera, name=name, source=source)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -256,8 +256,11 @@ class Adapter:
         Factors that already agree stay as they are.
 
         Raises:
-            AdapterError: the template lacks a module of this adapter, or has another shape.
+            AdapterError: the template lacks a module of this adapter, or has another shape; or one
+                of the two holds VeRA vectors.
         """
+        if self.vera or template.vera:
+            raise AdapterError("fit() writes LoRA factors, found VeRA vectors")
         for module in self.factors:
             if module not in template.factors:
                 raise AdapterError(f"module {module}: the template has no such module")
@@ -359,6 +362,10 @@ def _fitted(module: str, update: Factors | None, target: Factors) -> Factors:
             f"module {module}: the update is {b.shape[0]} x {a.shape[1]}, the template's is "
             f"{target.b.shape[0]} x {target.a.shape[1]}"
         )
+    if target.scaling == 0:
+        raise AdapterError(
+            f"module {module}: the template's scaling is 0, it cannot carry an update"
+        )
     rank, ratio = target.rank, update.scaling / target.scaling
     if update.rank > rank:
         dtype = torch.promote_types(b.dtype, a.dtype)
@@ -373,4 +380,7 @@ def _fitted(module: str, update: Factors | None, target: Factors) -> Factors:
         spare = rank - a.shape[0]
         b = torch.cat([b, b.new_zeros(b.shape[0], spare)], dim=1)
         a = torch.cat([a, target.a[-spare:]], dim=0)
+    idle = (a == 0).all(dim=1) & (b == 0).all(dim=0)
+    if bool(idle.any()):  # zero beside zero gets no gradient
+        a = torch.where(idle[:, None], target.a, a)
     return Factors(b, a, target.scaling, target.embedding)

@@ -36,11 +36,13 @@ class Aggregation:
     """FLoRIST's rank against error, one point per entry of ``energies``"""
     clients: Sequence[Adapter] = field(repr=False)
     """the adapters that were aggregated"""
+    heads: str = "average"
+    """whether the tensors beside the factors were averaged, or stay with their clients"""
 
     @property
     def shared(self) -> dict[str, Tensor]:
         """The state that travels back to every client."""
-        return _sent(self.adapter, self.rule)
+        return _sent(self.adapter, self.rule, self.heads)
 
     def client_adapter(self, k: int) -> Adapter:
         """What client k receives, ready to run.
@@ -48,31 +50,35 @@ class Aggregation:
         FlexLoRA and HetLoRA: the leading r_k components in the client's own scaling. FedSA: the
         shared A with the client's own B and head. The other rules: the global adapter.
         """
-        if self.rule.receives == "global":
-            return self.adapter
         client = self.clients[k]
+        extras = self.adapter.extras if self.heads == "average" else client.extras
+        if self.rule.receives == "global":
+            if self.heads == "average":
+                return self.adapter
+            config = {**self.adapter.config, **_head(client.config)}
+            return Adapter(self.adapter.factors, config, extras=extras)
         if client.vera:
             vera = {name: (b, self.adapter.vera[name][1]) for name, (b, _) in client.vera.items()}
-            return Adapter({}, client.config, vera=vera, extras=client.extras, name=client.name)
+            fixed = {key: client.extras[key] for key in clients.PROJECTIONS if key in client.extras}
+            return Adapter({}, client.config, vera=vera, extras={**extras, **fixed})
         adapt = _with_own_b if self.rule.personal else _leading
         factors = {
             module: adapt(self.adapter.factors[module], own)
             for module, own in client.factors.items()
         }
-        extras = client.extras if self.rule.personal else self.adapter.extras
-        return Adapter(factors, client.config, extras=extras, name=client.name)
+        return Adapter(factors, client.config, extras=extras)
 
     @property
     def bytes_up(self) -> list[int]:
         """Bytes that client k sent."""
-        return [_bytes(_sent(client, self.rule)) for client in self.clients]
+        return [_bytes(_sent(client, self.rule, self.heads)) for client in self.clients]
 
     @property
     def bytes_down(self) -> list[int]:
         """Bytes that client k receives, a residual included."""
         extra = 0 if self.residual is None else self.residual.bytes
         return [
-            extra + _bytes(_sent(self.client_adapter(k), self.rule))
+            extra + _bytes(_sent(self.client_adapter(k), self.rule, self.heads))
             for k in range(len(self.clients))
         ]
 
@@ -83,7 +89,7 @@ class Aggregation:
         Raises:
             FileExistsError: the path is a file, or a non-empty folder that is no adapter.
         """
-        with folder.replaced(Path(path), WRITTEN | {"clients"}) as made:
+        with folder.replaced(Path(path), WRITTEN) as made:
             self.adapter.write(made)
             described = {"rule": self.rule.name, "modules": self.report.as_dict()}
             text = json.dumps(described, indent=2)
@@ -91,7 +97,7 @@ class Aggregation:
             if self.residual is not None:
                 (made / "residual").mkdir()
                 self.residual.write(made / "residual")
-            if self.rule.receives != "global":
+            if self.rule.receives != "global" or self.heads == "local":
                 for k in range(len(self.clients)):
                     (made / "clients" / str(k)).mkdir(parents=True)
                     self.client_adapter(k).write(made / "clients" / str(k))
@@ -107,6 +113,7 @@ def aggregate(
     precision: str = "exact",
     uniform_rank: bool = False,
     dtype: torch.dtype | None = None,
+    heads: str | None = None,
     **options: Any,
 ) -> Aggregation:
     """Combine the clients' adapters into one.
@@ -123,6 +130,8 @@ def aggregate(
         uniform_rank: pad every module with zeros to one rank, for servers that ignore PEFT's
             rank_pattern.
         dtype: of the result's factors; the clients' own when None.
+        heads: what becomes of the tensors beside the factors (modules_to_save, biases): "average",
+            or "local" (they stay with their clients); None is "local" for fedsa, else "average".
         **options: the rule's options, see ``rules()[rule].options``.
 
     Returns:
@@ -136,6 +145,9 @@ def aggregate(
     """
     chosen = _rule(rule)
     chosen.check_options(options)
+    heads = heads or ("local" if chosen.personal else "average")
+    if heads not in ("average", "local"):
+        raise ValueError(f"heads must be average or local, found {heads!r}")
     clients.check(adapters, chosen)
     shares = clients.normalised(weights, adapters)
     batches = stack(adapters, shares, absent=absent, device=device)
@@ -143,21 +155,20 @@ def aggregate(
     _refuse_non_finite(grams)
     solutions = chosen.solve(grams, **options)
 
-    rows = Report()
+    rows = clients.unreported(adapters)
     for batch_grams, solution in zip(grams, solutions, strict=True):
         rows.update(report(batch_grams, solution))
     parts = [solution.adapter for solution in solutions]
-    residuals = [solution.residual for solution in solutions if solution.residual is not None]
     factors = _factors(batches, parts, adapters, uniform_rank, dtype)
-    extras = clients.average_extras(adapters, shares)
+    extras = clients.average_extras(adapters, shares) if heads == "average" else {}
     adapter = _global_adapter(chosen, adapters, factors, parts, extras, shares)
+    residuals = [solution.residual for solution in solutions if solution.residual is not None]
     residual = None
     if residuals:
         rest = _factors(batches, residuals, adapters, uniform_rank, dtype)
-        residual = Adapter(rest, _config(adapters, rest, rslora=False))
-    return Aggregation(
-        chosen, adapter, residual, _sorted(rows), curve(grams, solutions), list(adapters)
-    )
+        residual = Adapter(rest, peft_format.headless(_config(adapters, rest, rslora=False)))
+    points = curve(grams, solutions)
+    return Aggregation(chosen, adapter, residual, _sorted(rows), points, list(adapters), heads)
 
 
 def _rule(name: str) -> Rule:
@@ -194,18 +205,18 @@ def _factors(
         for module, factors in adapter.factors.items()
         if factors.embedding
     }
-    widest = max(max(1, int(part.ranks.max())) for part in parts)
+    widest = max((int(part.ranks.max()) for part in parts), default=0)
     made = {}
     for batch, part in zip(batches, parts, strict=True):
-        b_g, a_g = part.factors(batch)
+        b_g, a_g = part.factors(batch if dtype is None else batch.widened(dtype))
         b_g, a_g = b_g.to(dtype or b_g.dtype), a_g.to(dtype or a_g.dtype)
         numbers = zip(part.ranks.tolist(), part.scaling.tolist(), strict=True)
         for index, (rank, scaling) in enumerate(numbers):
             width = max(1, rank)
             b, a = b_g[index, :, :width].contiguous(), a_g[index, :width].contiguous()
             if uniform_rank:
-                b = torch.nn.functional.pad(b, (0, widest - width))
-                a = torch.nn.functional.pad(a, (0, 0, 0, widest - width))
+                b = torch.nn.functional.pad(b, (0, max(1, widest) - width))
+                a = torch.nn.functional.pad(a, (0, 0, 0, max(1, widest) - width))
             module = batch.modules[index]
             made[module] = Factors(b, a, scaling, module in embeddings)
     return dict(sorted(made.items()))
@@ -225,17 +236,19 @@ def _global_adapter(
             mean = torch.stack([adapter.vera[module][1].double() for adapter in adapters])
             mean_d = (shares.to(mean) @ mean).to(lambda_d.dtype)
             vera[module] = (torch.zeros_like(lambda_b), mean_d)
-        fixed = {key: extras[key] for key in clients.PROJECTIONS if key in extras}
-        config = {**adapters[0].config, "modules_to_save": None}
-        return Adapter({}, config, vera=vera, extras=fixed)
+        first = adapters[0]
+        fixed = {key: first.extras[key] for key in clients.PROJECTIONS if key in first.extras}
+        config = first.config if extras else peft_format.headless(first.config)
+        return Adapter({}, config, vera=vera, extras={**extras, **fixed})
     flags = {bool(adapter.config.get("use_rslora")) for adapter in adapters}
     averaged = all(isinstance(part, Mixture) for part in parts)
     config = _config(adapters, factors, rslora=averaged and flags == {True})
-    if rule.personal:  # B and the head stay with the clients
+    if rule.personal:  # B stays with the clients
         factors = {
-            name: replace(item, b=torch.zeros_like(item.b)) for name, item in factors.items()
+            module: replace(item, b=torch.zeros_like(item.b)) for module, item in factors.items()
         }
-        config, extras = {**config, "modules_to_save": None}, {}
+    if adapters[0].extras and not extras:  # and so do the heads
+        config = peft_format.headless(config)
     return Adapter(factors, config, extras=extras)
 
 
@@ -258,21 +271,33 @@ def _leading(shared: Factors, own: Factors) -> Factors:
     """The first r_k components in the client's scaling, zero-padded where there are fewer."""
     rank = min(own.rank, shared.rank)
     b, a = torch.zeros_like(own.b), torch.zeros_like(own.a)
-    b[:, :rank] = shared.b[:, :rank] * (shared.scaling / own.scaling)
-    a[:rank] = shared.a[:rank]
+    if own.scaling != 0:  # a client of scaling 0 cannot carry an update
+        b[:, :rank] = shared.b[:, :rank] * (shared.scaling / own.scaling)
+        a[:rank] = shared.a[:rank]
     return replace(own, b=b, a=a)
 
 
-def _sent(adapter: Adapter, rule: Rule) -> dict[str, Tensor]:
+def _head(config: peft_format.Config) -> peft_format.Config:
+    """The fields of a config that belong to its head."""
+    return {field: config.get(field) for field in ("modules_to_save", "task_type")}
+
+
+def _sent(adapter: Adapter, rule: Rule, heads: str) -> dict[str, Tensor]:
     """The tensors of an adapter that travel under a rule."""
-    state = adapter.state_dict()
-    if rule.sends == "both":
-        return state
-    kept = {"a": (".lora_A.weight", ".lora_embedding_A", ".vera_lambda_d")}.get(
-        rule.sends, (".lora_B.weight", ".lora_embedding_B", ".vera_lambda_b")
-    )
-    heads = {} if rule.personal else adapter.extras
-    return {key: tensor for key, tensor in state.items() if key.endswith(kept) or key in heads}
+    kept = {
+        "both": (".weight", "_A", "_B", "_b", "_d"),
+        "a": (".lora_A.weight", ".lora_embedding_A", ".vera_lambda_d"),
+        "b": (".lora_B.weight", ".lora_embedding_B", ".vera_lambda_b"),
+    }[rule.sends]
+    return {
+        key: tensor
+        for key, tensor in adapter.state_dict().items()
+        if (
+            heads == "average" and key not in clients.PROJECTIONS
+            if key in adapter.extras
+            else key.endswith(kept)
+        )
+    }
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fedlora_kernels import ops, peft_format
 from fedlora_kernels.adapter import Adapter, AdapterError
 from fedlora_kernels.peft_format import label
+from fedlora_kernels.report import ModuleReport, Report
 from fedlora_kernels.rules import Rule
 
 # PEFT's keys of VeRA's frozen projections: equal in all clients, not averaged.
@@ -26,13 +27,15 @@ def check(adapters: Sequence[Adapter], rule: Rule) -> None:
     if not adapters:
         raise AdapterError("no clients: expected at least one adapter")
     seen: dict[object, int] = {}
+    named = next((a for a in adapters if a.config.get("base_model_name_or_path")), adapters[0])
     for index, adapter in enumerate(adapters):
         who = label(index, adapter.name)
         if adapter.source is not None and seen.setdefault(adapter.source, index) != index:
             raise AdapterError(f"{who} is the same folder as client {seen[adapter.source]}")
-        problem = peft_format.disagreement(adapters[0].config, adapter.config)
-        if problem is not None:
-            raise AdapterError(f"{who}: {problem} as in {label(0, adapters[0].name)}")
+        for number, other in ((0, adapters[0]), (adapters.index(named), named)):
+            problem = peft_format.disagreement(other.config, adapter.config)
+            if problem is not None:
+                raise AdapterError(f"{who}: {problem} as in {label(number, other.name)}")
         if adapter.vera and not rule.personal:
             raise AdapterError(
                 f"{who}: VeRA vectors, which rule {rule.name!r} cannot aggregate; use fedsa"
@@ -74,8 +77,8 @@ def normalised(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> 
             raise AdapterError(f"{who}: weight {value}, expected a finite number >= 0")
     if not sum(values) > 0:
         raise AdapterError("all weights are zero; at least one client must count")
-    total = torch.tensor(values, dtype=torch.float64)
-    return total / total.sum()
+    shares = torch.tensor(values, dtype=torch.float64) / max(values)  # the sum may overflow
+    return shares / shares.sum()
 
 
 def average_extras(adapters: Sequence[Adapter], weights: Tensor) -> dict[str, Tensor]:
@@ -88,3 +91,14 @@ def average_extras(adapters: Sequence[Adapter], weights: Tensor) -> dict[str, Te
         stacked = torch.stack([adapter.extras[key] for adapter in adapters])[None]
         averaged[key] = ops.weighted_sum(stacked, weights.to(first.device))[0]
     return averaged
+
+
+def unreported(adapters: Sequence[Adapter]) -> Report:
+    """Rows of VeRA modules whose projections were not saved: the rank is all that is known."""
+    unknown = math.nan
+    return Report(
+        {
+            module: ModuleReport(lambda_d.numel(), unknown, unknown, unknown, unknown)
+            for module, (_, lambda_d) in adapters[0].vera.items()
+        }
+    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import ops
-from fedlora_kernels.ops.spectrum import right_of_left
+from fedlora_kernels.ops.spectrum import magnitude, negligible, right_of_left
 from fedlora_kernels.stack import Batch
 
 
@@ -74,8 +74,14 @@ class Grams:
         return ((gap.mT @ self.b @ gap) * self.a).sum((-2, -1)).clamp_min(0)
 
     def energy(self) -> Tensor:
-        """||dW||^2: [L] float64."""
-        return self.error(torch.zeros_like(self.b))
+        """||dW||^2, and 0 where the clients cancel to rounding: [L] float64."""
+        squared = self.error(torch.zeros_like(self.b))
+        return squared.where(squared > self.noise, 0)
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """What rounding leaves of ||dW||^2 where the clients cancel: [L] float64."""
+        return negligible(self.b.shape[1]) * magnitude(self.b, self.a, self.scale)
 
     @cached_property
     def client_products(self) -> Tensor:

@@ -48,6 +48,8 @@ _COMMON = (
     "qalora_group_size",
     "projection_prng_key",
 )
+# Of these, None says nothing.
+_UNKNOWN_WHEN_NONE = ("base_model_name_or_path", "revision")
 
 
 def plain(config: object) -> Config:
@@ -92,14 +94,43 @@ def refusal(config: Config) -> str | None:
     return None
 
 
+def malformed(config: Config) -> str | None:
+    """What is wrong with the numbers that ranks and scalings are made from, or None."""
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    if not _is_rank(rank):
+        return f"r is {rank!r}, expected a whole number of at least 1"
+    if config["peft_type"] == "LORA" and not _is_alpha(alpha):
+        return f"lora_alpha is {alpha!r}, expected a finite number"
+    for field, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, Mapping):
+            return f"{field} is {patterns!r}, expected a mapping"
+        for key, value in patterns.items():
+            if not fits(value):
+                return f"{field} has {value!r} for {key!r}"
+            try:
+                re.compile(key)
+            except re.error as error:
+                return f"{field} has the key {key!r}, which is no regular expression: {error}"
+    return None
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def disagreement(first: Config, other: Config) -> str | None:
     """The first field in which two clients' configs must agree and do not, or None."""
     for field in _COMMON:
         one, two = first.get(field), other.get(field)
-        if field in ("base_model_name_or_path", "revision") and (one is None or two is None):
+        if field in _UNKNOWN_WHEN_NONE and (one is None or two is None):
             continue
-        if isinstance(one, list) and isinstance(two, list) and field == "modules_to_save":
-            one, two = sorted(one), sorted(two)
+        if field == "modules_to_save":  # PEFT adds the head's name again on every load
+            one, two = sorted(set(one or ())), sorted(set(two or ()))
         if (one or None) != (two or None):
             return f"{field} is {two!r}, expected {one!r}"
     return None
@@ -107,7 +138,7 @@ def disagreement(first: Config, other: Config) -> str | None:
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _matches(key, module):
             return value
     return default
 
@@ -137,9 +168,9 @@ def result_config(
     }
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    names = sorted(ranks, key=lambda module: (-len(module), module))
+    names = sorted(ranks)
     keys = {module: _key(module, names) for module in names}
-    config = dict(start)
+    config = {**start}
     config.update(
         r=rank,
         lora_alpha=alpha,
@@ -148,6 +179,7 @@ def result_config(
         use_rslora=rslora,
         init_lora_weights=True,
         target_modules=sorted(ranks),
+        modules_to_save=sorted(set(start.get("modules_to_save") or ())) or None,
     )
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         config[field] = None
@@ -166,10 +198,21 @@ def _tidy(alpha: float) -> float | int:
 
 
 def _key(module: str, names: Iterable[str]) -> str:
-    """A pattern that PEFT matches with this module alone: its name, anchored where needed."""
-    pattern = rf"(.*\.)?({module})$"
-    alone = all(name == module or not re.match(pattern, name) for name in names)
-    return module if alone else "^" + re.escape(module)
+    """A pattern that PEFT matches with this module alone: its name, escaped where needed."""
+    matched = [name for name in names if _matches(module, name)]
+    return module if matched == [module] else "^" + re.escape(module)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error:
+        return False
+
+
+def headless(config: Config) -> Config:
+    """A config whose folder holds no head: PEFT would look for the task's classifier otherwise."""
+    return {**config, "modules_to_save": None, "task_type": None}
 
 
 def label(index: int, name: str | None) -> str:

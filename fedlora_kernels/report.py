@@ -80,7 +80,7 @@ class CurvePoint:
 def report(grams: Grams, solution: Solution) -> Report:
     """The report of one batch, from its Grams and coefficients."""
     total = grams.energy()
-    error = relative(grams.error(solution.product), total)
+    error = relative(grams.error(solution.product), grams)
     ranks = solution.ranks
     floor = svd_floor(grams, ranks)
     columns = zip(
@@ -98,15 +98,16 @@ def report(grams: Grams, solution: Solution) -> Report:
 
 def svd_floor(grams: Grams, ranks: Tensor) -> Tensor:
     """sqrt(sum_{i>p} sigma_i^2 / ||dW||^2) at p = ranks: [L]."""
-    sigma, total_energy, _, _ = grams.spectrum
+    sigma, _, _, _ = grams.spectrum
     beyond = torch.arange(sigma.shape[1], device=sigma.device)[None, :] >= ranks[:, None]
-    return relative(sigma.square().where(beyond, 0).sum(-1), total_energy)
+    return relative(sigma.square().where(beyond, 0).sum(-1), grams)
 
 
-def relative(error: Tensor, total: Tensor) -> Tensor:
-    """sqrt(error / total); 0 / 0 is 0, and an error beside a zero update is infinite."""
+def relative(error: Tensor, grams: Grams) -> Tensor:
+    """sqrt(error / ||dW||^2), [L]; beside a zero update 0 if error is rounding, else infinite."""
+    total = grams.energy()
     ratio = (error / total.where(total > 0, 1)).sqrt()
-    return torch.where(total > 0, ratio, torch.where(error > 0, torch.inf, 0.0))
+    return torch.where(total > 0, ratio, torch.where(error > grams.noise, torch.inf, 0.0))
 
 
 def curve(grams: Sequence[Grams], solutions: Sequence[Solution]) -> list[CurvePoint]:

@@ -7,7 +7,7 @@ agree, so a homogeneous federation is one or a few batches however many layers t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -55,6 +55,11 @@ class Batch:
         """The diagonal of D, w_k s_k once per rank: [L,R] float64."""
         repeats = torch.tensor(self.ranks, device=self.scalings.device)
         return (self.weights * self.scalings).repeat_interleave(repeats, dim=1)
+
+    def widened(self, dtype: torch.dtype) -> "Batch":
+        """The same batch in a dtype that holds both its own numbers and ``dtype``'s exactly."""
+        wide = torch.promote_types(self.b.dtype, dtype)
+        return replace(self, b=self.b.to(wide), a=self.a.to(wide))
 
 
 def stack(

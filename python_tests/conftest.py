@@ -1,4 +1,4 @@
-"""What all tests share: two threads, no network, and the backend's name in the operators' tests."""
+"""What all tests share: one thread (matrices are small), no network, the backend in test ids."""
 
 import os
 
@@ -13,7 +13,7 @@ from hypothesis import settings
 
 import fedlora_kernels as flk
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 # The same examples on every machine: a test that fails in CI fails on a desk.
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)

@@ -80,6 +80,14 @@ def aggregate(
             click_type=click.Choice(_DTYPES), help="Dtype of the result; the clients' by default."
         ),
     ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            click_type=click.Choice(["average", "local"]),
+            help="Tensors beside the factors: averaged, or left with their clients; local for "
+            "fedsa, average otherwise.",
+        ),
+    ] = None,
     modules: Annotated[
         bool, typer.Option("--modules", help="List every module, however many there are.")
     ] = False,
@@ -109,6 +117,7 @@ def aggregate(
             precision=precision,
             uniform_rank=uniform_rank,
             dtype=dtype,
+            heads=heads,
             options=options,
         )
     with screen.working(f"Writing {out}"):
@@ -169,8 +178,7 @@ def _save(result: "Aggregation", out: str) -> None:
     from safetensors import SafetensorError
 
     try:
-        # Where a symbolic link points is replaced, never the link.
-        result.save(os.path.realpath(out))
+        result.save(out)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk its own way
         raise BadInput(f"{out} cannot be written: {error}") from error
 

@@ -8,8 +8,9 @@ With T = diag((G_B,ii / (D G_A D)_ii)^(1/4)), which gives both factors' columns 
     right = W^T L^+ T D                    right A = V^T
 
 Rank deficiency is the ordinary case (all clients start from one A, B starts at zero): directions
-under the clip are dropped on the A side, and singular values with sigma_i^2 <= R eps sigma_1^2 are
-returned as zero with zero coefficients. No division touches ``left``.
+under the clip are dropped on the A side, and singular values with sigma_i^2 at or under R eps times
+the larger of sigma_1^2 and sum_i D_i^2 G_B,ii G_A,ii are returned as zero with zero coefficients.
+No division touches ``left``.
 """
 
 import torch
@@ -55,6 +56,15 @@ def spectrum(
 def negligible(rank: int) -> float:
     """The share of the largest eigenvalue at or under which an eigenvalue counts as zero."""
     return rank * torch.finfo(torch.float64).eps
+
+
+def magnitude(gram_b: Tensor, gram_a: Tensor, scale: Tensor) -> Tensor:
+    """Sum of the squared norms of the R rank-1 terms, sum_i D_i^2 G_B,ii G_A,ii: [L].
+
+    The scale of rounding: ||dW||^2 is known to about R eps of it, however much the terms cancel.
+    """
+    diagonal_b, diagonal_a = (gram.diagonal(dim1=-2, dim2=-1) for gram in (gram_b, gram_a))
+    return (diagonal_b * scale.square() * diagonal_a).sum(-1)
 
 
 def right_of_left(sigma: Tensor, left: Tensor, gram_b: Tensor, scale: Tensor) -> Tensor:
@@ -104,7 +114,9 @@ def _composed(
     total_energy = core.diagonal(dim1=-2, dim2=-1).sum(-1)
     squares, rotation = torch.linalg.eigh(core)
     squares, rotation = squares.flip(-1), rotation.flip(-1)
-    kept = squares > negligible(rank) * squares[:, :1]
+    # Where clients cancel, lambda_1 itself is rounding of the much larger terms.
+    largest = torch.maximum(squares[:, :1], magnitude(gram_b, gram_a, scale)[:, None])
+    kept = squares > negligible(rank) * largest
     sigma = squares.clamp_min(0).sqrt().where(kept, 0)
     rotation = rotation.where(kept[:, None, :], 0)
 

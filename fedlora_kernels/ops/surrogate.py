@@ -11,6 +11,10 @@ With the scalings folded into G_B this is bilinear least squares in K x K and r 
     f(p,q) = ||dW||^2 - 2 q^T M p + <S_B(q), S_A(p)>
     q-step : H_uu' = <G_B^{uu'}, S_A(p)>,  q = H^+ M p;   p-step: the same with roles exchanged
 
+Alternating least squares can crawl along a valley, so each sweep also looks further along its own
+direction and keeps the best point (with the looks 50 sweeps end within 1e-6 ||dW||^2 of 3000 plain
+ones on all matrix families of the tests; without them up to 4e-3 above).
+
 Two starts are followed and the better one is returned: FedIT's (p = q = w), which f then never
 exceeds, and the client with the largest update, which escapes FedIT's one bad case (clients whose
 factors cancel in the mean although their products agree).
@@ -24,6 +28,9 @@ from fedlora_kernels.ops.operator import declare
 
 MAX_SWEEPS = 50
 TOLERANCE = 1e-12
+
+# How far beyond a sweep's end it looks, in sweeps; 0 is the end itself.
+_LOOKS = (0.0, 2.0, 5.0, 15.0)
 
 Surrogate = tuple[Tensor, Tensor, Tensor]
 
@@ -113,7 +120,10 @@ def _composed(
     for _ in range(max_sweeps):
         new_q = _step(flat_b, flat_a, p, cross)
         new_p = _step(flat_a, flat_b, new_q, cross.mT)
-        value = _objective(total, cross, flat_b, flat_a, new_p, new_q)
+        new_p, new_q = _looks(p, new_p), _looks(q, new_q)
+        value = _objective(total, cross, flat_b, flat_a, new_p.flatten(1, 2), new_q.flatten(1, 2))
+        value, look = value.unflatten(1, (2, len(_LOOKS))).min(-1)
+        new_p, new_q = _chosen(new_p, look), _chosen(new_q, look)
         better = active & (value < best)
         p = new_p.where(better[:, :, None], p)
         q = new_q.where(better[:, :, None], q)
@@ -124,11 +134,23 @@ def _composed(
             break
     trace.extend(trace[-1:] * (max_sweeps + 1 - len(trace)))
 
-    chosen = best.argmin(-1)[:, None, None].expand(modules, 1, clients)
-    p, q = p.gather(1, chosen)[:, 0], q.gather(1, chosen)[:, 0]
+    start = best.argmin(-1)
+    p, q = _chosen(p, start), _chosen(q, start)
     norm_p, norm_q = p.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)
     balance = torch.where((norm_p > 0) & (norm_q > 0), (norm_p / norm_q).sqrt(), 1)
     return p / balance, q * balance, torch.stack(trace, dim=1)
+
+
+def _looks(before: Tensor, after: Tensor) -> Tensor:
+    """Points on the line through a sweep's two ends, [L,2,looks,K]."""
+    lengths = torch.tensor(_LOOKS, dtype=after.dtype, device=after.device)
+    return after[:, :, None] + lengths[:, None] * (after - before)[:, :, None]
+
+
+def _chosen(candidates: Tensor, index: Tensor) -> Tensor:
+    """candidates[..., index, :] for candidates [..., n, K] and index [...]."""
+    where = index[..., None, None].expand(*index.shape, 1, candidates.shape[-1])
+    return candidates.gather(-2, where).squeeze(-2)
 
 
 def _blocks(gram: Tensor, clients: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from fedlora_kernels.adapter import Adapter, AdapterError
 from fedlora_kernels.grams import Grams
 from fedlora_kernels.peft_format import label
-from fedlora_kernels.rules.rule import Rule, equal_rank
+from fedlora_kernels.rules.rule import Rule, equal_rank, unequal_rank
 from fedlora_kernels.rules.solution import Mixture, Solution, common_scaling
 
 
@@ -29,16 +29,23 @@ def solve(grams: Sequence[Grams]) -> list[Solution]:
 def validate(adapters: Sequence[Adapter]) -> None:
     """Refuse clients whose A differs from the first client's (they trained or drew their own)."""
     first: dict[str, int] = {}
-    for index, adapter in enumerate(adapters):
-        for module, factors in adapter.factors.items():
-            owner = first.setdefault(module, index)
-            common = adapters[owner].factors[module].a
-            if not torch.equal(factors.a.cpu(), common.cpu()):
-                raise AdapterError(
-                    f"{label(index, adapter.name)}, module {module}: A differs from "
-                    f"{label(owner, adapters[owner].name)}'s; ffa expects one fixed A in all "
-                    "clients (only B is trained)"
-                )
+    pairs = [
+        (index, first.setdefault(module, index), module)
+        for index, adapter in enumerate(adapters)
+        for module in adapter.factors
+    ]
+    names = [label(index, adapter.name) for index, adapter in enumerate(adapters)]
+    for index, owner, module in pairs:
+        rank, common = (adapters[k].factors[module].rank for k in (index, owner))
+        if rank != common:
+            raise unequal_rank("ffa", names[index], module, rank, names[owner], common)
+    for index, owner, module in pairs:
+        a, common_a = (adapters[k].factors[module].a.cpu() for k in (index, owner))
+        if not torch.equal(a, common_a):
+            raise AdapterError(
+                f"{names[index]}, module {module}: A differs from {names[owner]}'s; ffa expects "
+                "one fixed A in all clients (only B is trained)"
+            )
 
 
 RULE = Rule(

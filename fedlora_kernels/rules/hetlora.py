@@ -33,12 +33,14 @@ def _padded_mean(grams: Grams, norm_weighted: bool) -> Product:
     widest = max(grams.ranks)
     position = torch.cat([torch.arange(rank, device=grams.b.device) for rank in grams.ranks])
     place = torch.nn.functional.one_hot(position, widest).double()  # [R,p]
-    per_rank = weights @ grams.membership.T  # [L,R]
-    scalings = grams.scalings @ grams.membership.T
+    # Clients without a module count as B = 0: only B's weights sum to less than 1.
+    total = weights.sum(-1, keepdim=True)
+    per_rank_b = (weights * grams.scalings) @ grams.membership.T  # [L,R]
+    per_rank_a = (weights / total.where(total > 0, 1)) @ grams.membership.T
     ranks = torch.full((len(grams.modules),), widest, device=grams.b.device)
     return Product(
-        x=(per_rank * scalings)[:, :, None] * place,
-        y=(per_rank[:, :, None] * place).mT.contiguous(),
+        x=per_rank_b[:, :, None] * place,
+        y=(per_rank_a[:, :, None] * place).mT.contiguous(),
         ranks=ranks,
     )
 

@@ -62,11 +62,18 @@ class Rule:
 
 def equal_rank(grams: Grams, rule: str) -> int:
     """The one rank of all clients, or an AdapterError that names who differs and where."""
-    for label, rank in zip(grams.labels, grams.ranks, strict=True):
+    for who, rank in zip(grams.labels, grams.ranks, strict=True):
         if rank != grams.ranks[0]:
-            raise AdapterError(
-                f"{label}, module {grams.modules[0]}: rank {rank}, expected {grams.ranks[0]} as in "
-                f"{grams.labels[0]}: {rule} averages factors of equal rank; use hetlora, flexlora, "
-                "florist or flora for clients of different ranks"
-            )
+            raise unequal_rank(rule, who, grams.modules[0], rank, grams.labels[0], grams.ranks[0])
     return grams.ranks[0]
+
+
+def unequal_rank(
+    rule: str, who: str, module: str, rank: int, whose: str, expected: int
+) -> AdapterError:
+    """The error of a rule that averages factors of one rank."""
+    return AdapterError(
+        f"{who}, module {module}: rank {rank}, expected {expected} as in {whose}: {rule} averages "
+        "factors of equal rank; use hetlora, flexlora, florist or flora for clients of different "
+        "ranks"
+    )

@@ -1,0 +1,125 @@
+"""Which backend serves: forced ones, nonsense, and an installation without torch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedlora_kernels as flk
+
+
+def run(code: str, backend: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "FEDLORA_BACKEND"}
+    if backend is not None:
+        environment["FEDLORA_BACKEND"] = backend
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+ERRORS = """
+import json, torch
+import fedlora_kernels as flk
+
+generator = torch.Generator().manual_seed(5)
+clients = [
+    flk.Adapter.from_state_dict(
+        {
+            "base_model.model.q.lora_A.weight": torch.randn(3, 17, generator=generator),
+            "base_model.model.q.lora_B.weight": torch.randn(11, 3, generator=generator),
+        },
+        {"peft_type": "LORA", "r": 3, "lora_alpha": 3 * (1 + k)},
+    )
+    for k in range(3)
+]
+errors = {
+    rule: flk.aggregate(clients, rule=rule, weights=[1, 2, 3]).report["q"].relative_error
+    for rule in ("fedit", "flora", "flexlora", "florist", "flora_na", "hetlora")
+}
+print(json.dumps([flk.backend(), errors]))
+"""
+
+
+def test_forced_backends_serve_and_agree() -> None:
+    results = {}
+    for name in ("composed", "reference"):
+        done = run(ERRORS, name)
+        assert done.returncode == 0, done.stderr
+        served, results[name] = json.loads(done.stdout)
+        assert served == name
+    for rule, error in results["composed"].items():
+        room = 1e-3 if rule == "flora_na" else 1e-7  # two solvers stop at different distances
+        assert abs(error - results["reference"][rule]) <= room, rule
+
+
+def test_nonsense_raises_with_what_can_serve() -> None:
+    done = run("import fedlora_kernels", "quantum")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: FEDLORA_BACKEND=quantum cannot serve")
+    serving = [item.name for item in flk.backends() if item.serves]
+    assert "composed" in serving
+    assert all(name in last.partition("these can: ")[2].split(", ") for name in serving)
+
+
+def test_backends_are_described() -> None:
+    assert flk.backend() in {item.name for item in flk.backends() if item.serves}
+    assert all(item.reason for item in flk.backends())
+    names = [item.name for item in flk.backends()]
+    assert len(names) == len(set(names))
+
+
+WITHOUT_TORCH = """
+import sys
+
+class NoTorch:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            return None
+        return self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [NoTorch(finder) for finder in sys.meta_path]
+import fedlora_kernels as flk
+
+assert "torch" not in sys.modules
+try:
+    flk.backend()
+except RuntimeError as error:
+    print(error)
+try:
+    flk.Adapter
+except ImportError as error:
+    print(error)
+try:
+    flk.nonsense
+except AttributeError as error:
+    print(error)
+"""
+
+
+def test_import_without_torch() -> None:
+    done = run(WITHOUT_TORCH)
+    assert done.returncode == 0, done.stderr
+    backend_line, torch_line, attribute_line = done.stdout.splitlines()
+    assert "no backend can serve" in backend_line
+    assert "torch is not installed" in backend_line
+    assert "fedlora_kernels.Adapter needs torch" in torch_line
+    assert "nonsense" in attribute_line
+
+
+def test_import_does_not_pull_in_peft_or_transformers() -> None:
+    code = "import sys, fedlora_kernels; print(sorted({'peft', 'transformers'} & set(sys.modules)))"
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["fedlora_kernels/py.typed"])
+def test_typing_marker_is_beside_the_package(name: str) -> None:
+    assert (Path(flk.__file__).parent.parent / name).is_file()

@@ -1,0 +1,418 @@
+"""Bad input: the message names the client and the module, and nothing is written."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation import Drawn, client_config, draw, state, write, write_client
+
+import fedlora_kernels as flk
+
+MODULE = "layers.0.down"
+KEY_A = f"base_model.model.{MODULE}.lora_A.weight"
+KEY_B = f"base_model.model.{MODULE}.lora_B.weight"
+
+
+@pytest.fixture
+def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three client folders, as typed from the folder that holds them."""
+    monkeypatch.chdir(tmp_path)
+    for k, client in enumerate(draw().drawn):
+        write_client(tmp_path / f"site-{k}", client)
+    return ["site-0", "site-1", "site-2"]
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def serve(paths: list[str], out: str, rule: str = "fedit", **options: Any) -> None:
+    """What a server does with the folders of a round."""
+    adapters = [flk.Adapter.load(path) for path in paths]
+    flk.aggregate(adapters, rule=rule, **options).save(out)
+
+
+def assert_refused(
+    paths: list[str],
+    words: str,
+    error: type[Exception] = flk.AdapterError,
+    **options: Any,
+) -> None:
+    """The error matches; a new folder does not appear and an old one is untouched."""
+    draw(seed=9).adapters[0].save("old")
+    before = listing(Path())
+    for out in ("new", "old"):
+        with pytest.raises(error, match=words):
+            serve(paths, out, **options)
+    assert listing(Path()) == before
+    assert not Path("new").exists()
+
+
+def tensors_of(path: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(path) / "adapter_model.safetensors")
+
+
+def config_of(path: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((Path(path) / "adapter_config.json").read_text())
+    return loaded
+
+
+def rewrite(path: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = tensors_of(path)
+    change(tensors)
+    write(Path(path), tensors, config_of(path))
+
+
+def reconfigure(path: str, **changes: Any) -> None:
+    text = json.dumps({**config_of(path), **changes})
+    (Path(path) / "adapter_config.json").write_text(text)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_missing_file(name: str, sites: list[str]) -> None:
+    (Path("site-1") / name).unlink()
+    assert_refused(sites, rf"^site-1 has no {name}")
+
+
+def test_missing_folder_and_file_in_its_place(sites: list[str]) -> None:
+    assert_refused([*sites, "site-7"], r"^site-7 is no folder")
+    Path("site-8").write_text("not a folder")
+    assert_refused([*sites, "site-8"], r"^site-8 is no folder")
+
+
+def test_only_a_pickle_is_there(sites: list[str]) -> None:
+    weights = Path("site-1") / "adapter_model.safetensors"
+    weights.rename(weights.with_name("adapter_model.bin"))
+    assert_refused(sites, r"^site-1 .*adapter_model.bin.*safe_serialization")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_weights(share: float, sites: list[str]) -> None:
+    weights = Path("site-2") / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(share * len(data))])
+    assert_refused(sites, r"^site-2: adapter_model.safetensors cannot be read")
+
+
+@pytest.mark.parametrize("text", ["", "{", "not json", "[1, 2]", "3", "\udcff"])
+def test_config_is_no_json_object(text: str, sites: list[str]) -> None:
+    (Path("site-1") / "adapter_config.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert_refused(sites, r"^site-1: adapter_config.json (is not valid JSON|holds no JSON object)")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": "eight"},
+        {"r": None},
+        {"lora_alpha": "many"},
+        {"lora_alpha": None},
+        {"lora_alpha": math.nan},
+        {"lora_alpha": math.inf},
+        {"rank_pattern": [4, 4]},
+        {"rank_pattern": {"(": 4}},
+        {"alpha_pattern": {"down": "x"}},
+    ],
+    ids=str,
+)
+def test_config_fields_of_the_wrong_kind(changes: dict[str, Any], sites: list[str]) -> None:
+    reconfigure("site-1", **changes)
+    assert_refused(sites, r"^site-1")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", [KEY_A, KEY_B, "base_model.model.score.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_and_inf_in_files(key: str, bad: float, dtype: torch.dtype, sites: list[str]) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.setdefault("base_model.model.score.weight", torch.zeros(3, 4))
+        tensors[key] = tensors[key].to(dtype)
+        tensors[key].flatten()[-1] = bad
+
+    rewrite("site-1", spoil)
+    where = "score" if "score" in key else MODULE
+    assert_refused(sites, rf"^site-1, .*{where}.*1 of \d+ entries are NaN or Inf")
+
+
+@pytest.mark.parametrize("side", ["b", "a"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("rule", ["fedit", "flora", "florist", "flora_na", "fedsa"])
+def test_nan_and_inf_in_live_adapters(rule: str, bad: float, side: str) -> None:
+    round_ = draw()
+    factors = dict(round_.adapters[1].factors)
+    item = factors[MODULE]
+    b, a = item.b.clone(), item.a.clone()
+    (b if side == "b" else a)[0, 0] = bad
+    factors[MODULE] = flk.Factors(b, a, item.scaling)
+    spoiled = flk.Adapter(factors, round_.adapters[1].config, name="site-1")
+    clients = [round_.adapters[0], spoiled, round_.adapters[2]]
+    with pytest.raises(flk.AdapterError, match=rf"site-1.*{MODULE}.*{side.upper()} holds NaN"):
+        flk.aggregate(clients, rule=rule)
+
+
+def one_row(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[KEY_B] = tensors[KEY_B][:1].clone()
+
+
+def one_column(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[KEY_A] = tensors[KEY_A][:, :1].clone()
+
+
+@pytest.mark.parametrize("change", [one_row, one_column])
+@pytest.mark.parametrize("rule", ["fedit", "flora", "florist", "hetlora", "fedex"])
+def test_a_size_that_would_broadcast(
+    rule: str, change: Callable[[dict[str, torch.Tensor]], None], sites: list[str]
+) -> None:
+    rewrite("site-1", change)
+    found = "1 x 40" if change is one_row else "13 x 1"
+    words = rf"client 1 \(site-1\), module {MODULE}.*{found}.*13 x 40.*client 0 \(site-0\)"
+    assert_refused(sites, words, rule=rule)
+
+
+@pytest.mark.parametrize("rule", ["fedit", "ffa", "fedsa", "flora_na", "fedex"])
+def test_a_rank_one_client_among_rank_eight(rule: str, sites: list[str]) -> None:
+    for k, client in enumerate(draw(ranks=(8, 1, 8), common_a=False).drawn):
+        write_client(Path(f"site-{k}"), client)
+    words = r"client 1 \(site-1\), module layers.0.attn.q.*rank 1.*8.*client 0 \(site-0\).*hetlora"
+    assert_refused(sites, words, rule=rule)
+
+
+@pytest.mark.parametrize(("lost", "kept"), [(KEY_A, "lora_B"), (KEY_B, "lora_A")])
+def test_one_factor_without_the_other(lost: str, kept: str, sites: list[str]) -> None:
+    tensors = tensors_of("site-1")
+    del tensors[lost]
+    write(Path("site-1"), tensors, config_of("site-1"))
+    assert_refused(sites, rf"^site-1, module {MODULE}: found {kept} without lora_")
+
+
+def test_factors_that_do_not_fit_each_other(sites: list[str]) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[KEY_A] = tensors[KEY_A][:3].clone()
+
+    rewrite("site-1", cut)
+    assert_refused(sites, rf"^site-1, module {MODULE}: found B \[13, 4\] and A \[3, 40\]")
+
+
+def test_rank_that_contradicts_the_config(sites: list[str]) -> None:
+    reconfigure("site-1", r=8)
+    assert_refused(sites, r"^site-1, module layers.0.attn.q: factors have rank 4.*8")
+    reconfigure("site-1", r=4, rank_pattern={"down": 2})
+    assert_refused(sites, rf"^site-1, module {MODULE}: factors have rank 4.*2")
+
+
+@pytest.mark.parametrize("shape", [(13, 4, 1), (13,), (13, 4, 1, 1)], ids=str)
+def test_factors_that_are_no_matrices(shape: tuple[int, ...], sites: list[str]) -> None:
+    rewrite("site-1", lambda tensors: tensors.update({KEY_B: torch.ones(shape)}))
+    assert_refused(sites, rf"^site-1, module {MODULE}")
+
+
+def test_convolutions(sites: list[str]) -> None:
+    def convolve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[KEY_A] = torch.ones(4, 3, 3, 3)
+        tensors[KEY_B] = torch.ones(13, 4, 1, 1)
+
+    rewrite("site-1", convolve)
+    assert_refused(sites, rf"^site-1, module {MODULE}: convolutions are not supported")
+
+
+def test_integer_factors(sites: list[str]) -> None:
+    rewrite("site-1", lambda t: t.update({KEY_B: torch.ones(13, 4, dtype=torch.int8)}))
+    assert_refused(sites, rf"^site-1, module {MODULE}.*int8")
+
+
+def test_no_factors_at_all(sites: list[str]) -> None:
+    write(Path("site-1"), {"base_model.model.score.weight": torch.ones(2, 2)}, config_of("site-1"))
+    assert_refused(sites, r"^site-1.*no LoRA factors")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("base_model_name_or_path", "another-base"),
+        ("revision", "v2"),
+        ("task_type", "SEQ_CLS"),
+        ("fan_in_fan_out", True),
+        ("modules_to_save", ["score"]),
+        ("bias", "all"),
+    ],
+)
+def test_clients_of_different_federations(field: str, value: object, sites: list[str]) -> None:
+    for path in sites:
+        reconfigure(path, revision="v1")
+    reconfigure("site-2", **{field: value})
+    assert_refused(sites, rf"client 2 \(site-2\): {field} is .*client 0 \(site-0\)")
+
+
+def test_different_bases_when_the_first_client_names_none(sites: list[str]) -> None:
+    reconfigure("site-0", base_model_name_or_path=None)
+    reconfigure("site-2", base_model_name_or_path="another-base")
+    assert_refused(sites, r"client 2 \(site-2\): base_model_name_or_path")
+
+
+def test_the_same_folder_twice(sites: list[str], tmp_path: Path) -> None:
+    words = r"client 3 \({}\) is the same folder as client 1"
+    assert_refused([*sites, "site-1"], words.format("site-1"))
+    assert_refused([*sites, "./site-2/../site-1"], words.format(r"\./site-2/\.\./site-1"))
+    absolute = str(tmp_path / "site-1")
+    assert_refused([*sites, absolute], words.format(absolute.replace(".", r"\.")))
+    os.symlink("site-1", "link")
+    assert_refused([*sites, "link"], words.format("link"))
+
+
+def test_equal_contents_in_different_folders_are_two_clients(sites: list[str]) -> None:
+    write(Path("twin"), tensors_of("site-1"), config_of("site-1"))
+    serve([*sites, "twin"], "new", rule="flora")
+    assert flk.Adapter.load("new").factors[MODULE].rank == 16
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ([1.0, 1.0], r"2 weights for 3 clients"),
+        ([1.0] * 4, r"4 weights for 3 clients"),
+        ([], r"0 weights for 3 clients"),
+        ([1.0, -1.0, 1.0], r"client 1 \(site-1\): weight -1"),
+        ([1.0, 1.0, math.nan], r"client 2 \(site-2\): weight nan"),
+        ([math.inf, 1.0, 1.0], r"client 0 \(site-0\): weight inf"),
+        ([0.0, 0.0, 0.0], r"all weights are zero"),
+    ],
+    ids=str,
+)
+def test_weights(weights: list[float], words: str, sites: list[str]) -> None:
+    assert_refused(sites, words, weights=weights)
+
+
+def test_weights_of_extreme_size() -> None:
+    """Sums that overflow or vanish are no reason for NaN."""
+    round_ = draw()
+    for scale in (1e308, 1e-320):
+        result = flk.aggregate(list(round_.adapters), rule="flora", weights=[scale] * 3)
+        assert all(x.isfinite().all() for x in result.adapter.state_dict().values())
+        assert result.adapter.factors[MODULE].a.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": None}, "peft_type"),
+        ({"target_parameters": ["experts.w"]}, "target_parameters"),
+    ],
+    ids=str,
+)
+def test_features_that_no_pair_of_factors_represents(
+    changes: dict[str, Any], words: str, sites: list[str]
+) -> None:
+    reconfigure("site-1", **changes)
+    assert_refused(sites, rf"^site-1: .*{words}")
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_starts_that_leave_the_base_alone_are_fine(start: object, sites: list[str]) -> None:
+    for path in sites:
+        reconfigure(path, init_lora_weights=start)
+    serve(sites, "new", rule="florist")
+    assert config_of("new")["init_lora_weights"] is True
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (f"base_model.model.{MODULE}.lora_magnitude_vector", "DoRA"),
+        (f"base_model.model.{MODULE}.lora_B.bias", "lora_bias"),
+    ],
+)
+def test_tensors_that_no_pair_of_factors_represents(key: str, words: str, sites: list[str]) -> None:
+    rewrite("site-1", lambda tensors: tensors.update({key: torch.ones(13)}))
+    assert_refused(sites, rf"^site-1.*{MODULE}.*{words}")
+
+
+def test_ffa_with_different_starts(sites: list[str]) -> None:
+    assert_refused(sites, r"client 1 \(site-1\), module .*A differs.*site-0", rule="ffa")
+
+
+HEAD = "base_model.model.score.weight"
+
+
+def test_extra_tensors_in_some_clients_only(sites: list[str]) -> None:
+    rewrite("site-1", lambda tensors: tensors.update({HEAD: torch.ones(2, 3)}))
+    assert_refused(sites, rf"client 1 \(site-1\).*{HEAD}")
+    rewrite("site-0", lambda tensors: tensors.update({HEAD: torch.ones(2, 3)}))
+    assert_refused(sites, rf"client 2 \(site-2\).*{HEAD}")
+
+
+def test_extra_tensors_that_would_broadcast(sites: list[str]) -> None:
+    for path in sites:
+        rows = 1 if path == "site-2" else 3
+        rewrite(path, lambda tensors, rows=rows: tensors.update({HEAD: torch.ones(rows, 5)}))
+    assert_refused(sites, rf"client 2 \(site-2\).*{HEAD}.*\[1, 5\].*\[3, 5\]")
+
+
+def test_no_clients() -> None:
+    with pytest.raises(flk.AdapterError, match="no clients"):
+        flk.aggregate([], rule="fedit")
+
+
+def test_unknown_rule_lists_the_rules(sites: list[str]) -> None:
+    words = "unknown rule 'fedavg'.*" + ".*".join(flk.rules())
+    assert_refused(sites, words, error=ValueError, rule="fedavg")
+
+
+@pytest.mark.parametrize("rule", flk.rules())
+def test_unknown_option_lists_the_options(rule: str, sites: list[str]) -> None:
+    words = rf"rule '{rule}' has no option 'temperature'; its options: "
+    assert_refused(sites, words, error=TypeError, rule=rule, temperature=1.0)
+
+
+@pytest.mark.parametrize("energy", [0, 0.0, 1.5, math.nan, -1.0])
+def test_energy_out_of_range(energy: float, sites: list[str]) -> None:
+    assert_refused(sites, "energy", error=ValueError, rule="florist", energy=energy)
+
+
+@pytest.mark.parametrize("rule", ["florist", "flexlora"])
+@pytest.mark.parametrize("rank", [0, -3])
+def test_rank_out_of_range(rule: str, rank: int, sites: list[str]) -> None:
+    assert_refused(sites, rf"rank.*{rank}", error=ValueError, rule=rule, rank=rank)
+
+
+@pytest.mark.parametrize("option", ["absent", "precision"])
+def test_words_that_mean_nothing(option: str, sites: list[str]) -> None:
+    assert_refused(sites, rf"{option}.*'x'", error=ValueError, **{option: "x"})
+
+
+def test_scaling_zero_is_a_zero_update_and_no_crash() -> None:
+    """lora_alpha = 0 switches a client off; nothing divides by it."""
+    round_ = draw(alphas=(8, 0, 8))
+    for rule in ("flora", "florist", "flexlora", "hetlora", "fedit", "flora_na"):
+        result = round_.aggregate(rule)
+        for k in range(3):
+            received = result.client_adapter(k)
+            assert all(x.isfinite().all() for x in received.state_dict().values())
+
+
+def test_state_dict_without_a_name_is_called_by_its_number() -> None:
+    drawn = draw().drawn
+    clients = [flk.Adapter.from_state_dict(state(c), client_config(c)) for c in drawn]
+    item = drawn[2][MODULE]
+    odd = {**drawn[2], MODULE: Drawn(item.b[:5], item.a, item.scaling)}
+    clients[2] = flk.Adapter.from_state_dict(state(odd), client_config(odd))
+    with pytest.raises(flk.AdapterError, match=rf"^client 2, module {MODULE}"):
+        flk.aggregate(clients, rule="fedit")
