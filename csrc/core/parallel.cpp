@@ -7,10 +7,13 @@
 #include <thread>
 #include <vector>
 
+#include "memory.h"
+
 namespace fedlora {
 
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body) {
   if (threads <= 1 || tasks <= 1) {
+    const Pool pool;
     for (int64_t task = 0; task < tasks; ++task) body(task);
     return;
   }
@@ -19,6 +22,7 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>
   std::exception_ptr failure;
   int64_t failed = tasks;
   const auto work = [&] {
+    const Pool pool;
     for (int64_t task = next++; task < tasks; task = next++) {
       try {
         body(task);
