@@ -1,6 +1,6 @@
 // The parallel loops: over modules, and inside a module when there are few.
 //
-// Threads start and end with the loop (15 us each, against milliseconds of work): nothing survives
+// Threads start and end with the loop (30 us each, against milliseconds of work): nothing survives
 // a fork, and nothing runs when nothing is asked. Tasks are handed out one by one, and what a task
 // computes never depends on which thread runs it or on how many there are.
 #pragma once
