@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "lapack.h"
@@ -11,6 +12,8 @@
 namespace fedlora {
 namespace {
 
+// How far beyond a sweep's end it looks, in sweeps.
+constexpr double kLooks[] = {2, 5, 15};
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 
 // One Gram matrix as P: block pairs (u <= v) by entries (i <= j), entries off the diagonal times
@@ -137,6 +140,14 @@ double bilinear(const std::vector<double>& q, const std::vector<double>& m,
   return sum;
 }
 
+// Mixing weights with their quadratics.
+struct Point {
+  std::vector<double> p;
+  std::vector<double> q;
+  std::vector<double> s_a;
+  std::vector<double> s_b;
+};
+
 // What both starts share.
 struct Problem {
   int64_t clients;
@@ -144,6 +155,52 @@ struct Problem {
   PackedGram a;
   std::vector<double> m;
   double total;
+
+  void measure(Point& point) const {
+    a.quadratic(point.p.data(), point.s_a);
+    b.quadratic(point.q.data(), point.s_b);
+  }
+
+  double value(const Point& point) const {
+    double square = 0;
+    for (size_t i = 0; i < point.s_a.size(); ++i) square += point.s_a[i] * point.s_b[i];
+    return std::max(total - 2 * bilinear(point.q, m, point.p) + square, 0.0);
+  }
+
+  // Moves `next` to the best of the looks along the sweep from `here`. With d = next - here,
+  // S(next + t d) = S(next) + t (S(next) + S(d) - S(here)) + t^2 S(d): one product a side for all.
+  void look_further(const Point& here, Point& next) const {
+    Point step = next;
+    for (size_t k = 0; k < next.p.size(); ++k) {
+      step.p[k] -= here.p[k];
+      step.q[k] -= here.q[k];
+    }
+    measure(step);
+    double least = value(next);
+    double best = 0;
+    Point look = next;
+    for (const double t : kLooks) {
+      for (size_t k = 0; k < next.p.size(); ++k) {
+        look.p[k] = next.p[k] + t * step.p[k];
+        look.q[k] = next.q[k] + t * step.q[k];
+      }
+      for (size_t i = 0; i < next.s_a.size(); ++i) {
+        look.s_a[i] = next.s_a[i] + t * (next.s_a[i] + (1 + t) * step.s_a[i] - here.s_a[i]);
+        look.s_b[i] = next.s_b[i] + t * (next.s_b[i] + (1 + t) * step.s_b[i] - here.s_b[i]);
+      }
+      const double found = value(look);
+      if (found < least) {
+        least = found;
+        best = t;
+      }
+    }
+    if (best == 0) return;
+    for (size_t k = 0; k < next.p.size(); ++k) {
+      next.p[k] += best * step.p[k];
+      next.q[k] += best * step.q[k];
+    }
+    measure(next);
+  }
 };
 
 // One start and where it has come to.
@@ -156,38 +213,33 @@ struct Descent {
 
   void run(const Problem& problem, const SurrogateOptions& options) {
     const int64_t clients = problem.clients;
-    std::vector<double> s_a, s_b, h;
-    problem.a.quadratic(p.data(), s_a);
-    problem.a.normal((problem.b.quadratic(q.data(), s_b), s_b), h);
-    objective = {std::max(value(problem, h, p, q), 0.0)};
+    Point here{p, q, {}, {}};
+    problem.measure(here);
+    objective = {problem.value(here)};
+    std::vector<double> h;
     for (int64_t sweep = 0; sweep < options.max_sweeps; ++sweep) {
-      problem.b.normal(s_a, h);
-      std::vector<double> new_q(static_cast<size_t>(clients));
-      lapack::gemv(true, clients, clients, 1, problem.m.data(), clients, p.data(), 0, new_q.data());
-      solve(clients, h, new_q);
+      Point next{std::vector<double>(p.size()), std::vector<double>(p.size()), {}, {}};
+      problem.b.normal(here.s_a, h);
+      lapack::gemv(true, clients, clients, 1, problem.m.data(), clients, here.p.data(), 0,
+                   next.q.data());
+      solve(clients, h, next.q);
+      problem.b.quadratic(next.q.data(), next.s_b);
+      problem.a.normal(next.s_b, h);
+      lapack::gemv(false, clients, clients, 1, problem.m.data(), clients, next.q.data(), 0,
+                   next.p.data());
+      solve(clients, h, next.p);
+      problem.a.quadratic(next.p.data(), next.s_a);
+      problem.look_further(here, next);
 
-      problem.b.quadratic(new_q.data(), s_b);
-      problem.a.normal(s_b, h);
-      std::vector<double> new_p(static_cast<size_t>(clients));
-      lapack::gemv(false, clients, clients, 1, problem.m.data(), clients, new_q.data(), 0,
-                   new_p.data());
-      solve(clients, h, new_p);
-
-      const double now = std::max(value(problem, h, new_p, new_q), 0.0);
+      const double now = problem.value(next);
       if (!(now < best())) return;
       const double gain = best() - now;
-      p = new_p;
-      q = new_q;
+      here = std::move(next);
+      p = here.p;
+      q = here.q;
       objective.push_back(now);
       if (!(gain > options.tolerance * problem.total)) return;
-      problem.a.quadratic(p.data(), s_a);
     }
-  }
-
-  // f(p, q) with h = <G_A, S_B(q)>.
-  static double value(const Problem& problem, const std::vector<double>& h,
-                      const std::vector<double>& p, const std::vector<double>& q) {
-    return problem.total - 2 * bilinear(q, problem.m, p) + bilinear(p, h, p);
   }
 };
 
