@@ -42,16 +42,17 @@ class Grams:
     @classmethod
     def of(cls, batch: Batch, precision: str = "exact") -> "Grams":
         """The one pass over a batch's data."""
+        modules = len(batch.modules)
         return cls(
             modules=batch.modules,
             labels=batch.labels,
             ranks=batch.ranks,
-            size=(batch.b.shape[1], batch.a.shape[2]),
+            size=(batch.list_b[0].shape[0], batch.list_a[0].shape[1]),
             weights=batch.weights,
             scalings=batch.scalings,
             scale=batch.scale,
-            b=ops.gram(batch.b, rows=False, precision=precision),
-            a=ops.gram(batch.a, rows=True, precision=precision),
+            b=ops.gram_list(batch.list_b, modules, rows=False, precision=precision),
+            a=ops.gram_list(batch.list_a, modules, rows=True, precision=precision),
             precision=precision,
         )
 
@@ -73,9 +74,11 @@ class Grams:
         gap = torch.diag_embed(self.scale) - coefficients
         return ((gap.mT @ self.b @ gap) * self.a).sum((-2, -1)).clamp_min(0)
 
+    @cached_property
     def energy(self) -> Tensor:
-        """||dW||^2, and 0 where the clients cancel to rounding: [L] float64."""
-        squared = self.error(torch.zeros_like(self.b))
+        """||dW||^2 = <D G_B D, G_A>, and 0 where the clients cancel to rounding: [L] float64."""
+        weighted = self.scale[:, :, None] * self.b * self.scale[:, None, :]
+        squared = (weighted * self.a).sum((-2, -1))
         return squared.where(squared > self.noise, 0)
 
     @cached_property

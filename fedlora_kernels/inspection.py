@@ -203,7 +203,7 @@ def _spectra(grams: Grams, energies: Sequence[float]) -> dict[str, ModuleSpectru
         ops.select_rank(sigma, total_energy, energy, grams.full_rank).tolist()
         for energy in energies
     ]
-    norms = grams.energy().sqrt().tolist()
+    norms = grams.energy.sqrt().tolist()
     squares = sigma.square()  # some backends return what they found below the threshold, too
     counted = (squares > negligible(sigma.shape[1]) * squares[:, :1]).sum(-1).tolist()
     return {

@@ -79,7 +79,7 @@ class CurvePoint:
 
 def report(grams: Grams, solution: Solution) -> Report:
     """The report of one batch, from its Grams and coefficients."""
-    total = grams.energy()
+    total = grams.energy
     error = relative(grams.error(solution.product), grams)
     ranks = solution.ranks
     floor = svd_floor(grams, ranks)
@@ -105,7 +105,7 @@ def svd_floor(grams: Grams, ranks: Tensor) -> Tensor:
 
 def relative(error: Tensor, grams: Grams) -> Tensor:
     """sqrt(error / ||dW||^2), [L]; beside a zero update 0 if error is rounding, else infinite."""
-    total = grams.energy()
+    total = grams.energy
     ratio = (error / total.where(total > 0, 1)).sqrt()
     return torch.where(total > 0, ratio, torch.where(error > grams.noise, torch.inf, 0.0))
 

@@ -2,8 +2,10 @@
 
     B = [B_1 | ... | B_K]    [L,m,R]        A = [A_1 ; ... ; A_K]    [L,R,n]
 
-Modules are batched together when their sizes, the clients that have them and those clients' ranks
-agree, so a homogeneous federation is one or a few batches however many layers the model has.
+The factors stay where they are: a batch holds the clients' tensors, the operators' ``*_list`` forms
+read them there, and a stack is copied together only for who asks for one. Modules are batched
+together when their sizes, the clients that have them and those clients' ranks agree, so a
+homogeneous federation is one or a few batches however many layers the model has.
 """
 
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.adapter import Adapter, AdapterError
+from fedlora_kernels.ops.gram import stack as stacked
 from fedlora_kernels.peft_format import label
 
 ABSENT = ("zero", "renormalise")
@@ -45,10 +48,20 @@ class Batch:
     """w_k [K] float64"""
     scalings: Tensor
     """s_lk [L,K] float64"""
-    b: Tensor
-    """[L,m,R]"""
-    a: Tensor
-    """[L,R,n]"""
+    list_b: tuple[Tensor, ...]
+    """the factors where they lie, module-major: list_b[l*K + k] is [m,r_k]"""
+    list_a: tuple[Tensor, ...]
+    """list_a[l*K + k] is [r_k,n]"""
+
+    @cached_property
+    def b(self) -> Tensor:
+        """The stack [L,m,R]: a copy, for what cannot read the factors where they lie."""
+        return stacked(self.list_b, len(self.modules), rows=False)
+
+    @cached_property
+    def a(self) -> Tensor:
+        """The stack [L,R,n]: a copy."""
+        return stacked(self.list_a, len(self.modules), rows=True)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -58,8 +71,9 @@ class Batch:
 
     def widened(self, dtype: torch.dtype) -> "Batch":
         """The same batch in a dtype that holds both its own numbers and ``dtype``'s exactly."""
-        wide = torch.promote_types(self.b.dtype, dtype)
-        return replace(self, b=self.b.to(wide), a=self.a.to(wide))
+        wide = torch.promote_types(self.list_b[0].dtype, dtype)
+        list_b = tuple(factor.to(wide) for factor in self.list_b)
+        return replace(self, list_b=list_b, list_a=tuple(factor.to(wide) for factor in self.list_a))
 
 
 def stack(
@@ -121,19 +135,10 @@ def _batch(
     absent: str,
     device: torch.device | str | None,
 ) -> Batch:
-    (rows, columns), present, ranks, dtype = signature
+    _, present, ranks, dtype = signature
     clients = [adapters[k] for k in present]
     device = clients[0].factors[modules[0]].b.device if device is None else device
-    stacked_rank = sum(ranks)
-    b = torch.empty((len(modules), rows, stacked_rank), dtype=dtype, device=device)
-    a = torch.empty((len(modules), stacked_rank, columns), dtype=dtype, device=device)
-    for index, module in enumerate(modules):
-        start = 0
-        for client, rank in zip(clients, ranks, strict=True):
-            factors = client.factors[module]
-            b[index, :, start : start + rank] = factors.b
-            a[index, start : start + rank] = factors.a
-            start += rank
+    pairs = [client.factors[module] for module in modules for client in clients]
     present_weights = weights[list(present)]
     if absent == "renormalise" and bool(present_weights.sum() > 0):
         present_weights = present_weights / present_weights.sum()
@@ -145,6 +150,6 @@ def _batch(
         ranks=ranks,
         weights=present_weights.to(device),
         scalings=torch.tensor(scalings, dtype=torch.float64, device=device),
-        b=b,
-        a=a,
+        list_b=tuple(factors.b.to(device, dtype) for factors in pairs),
+        list_a=tuple(factors.a.to(device, dtype) for factors in pairs),
     )

@@ -55,7 +55,7 @@ class Product:
 
     def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """combine."""
-        return ops.combine(batch.b, batch.a, self.x, self.y)
+        return ops.combine_list(batch.list_b, batch.list_a, self.x, self.y)
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,8 @@ class Mixture:
 
     def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """weighted_sum."""
-        clients = self.q.shape[1]
-        b = batch.b.unflatten(2, (clients, -1)).movedim(2, 1)
-        a = batch.a.unflatten(1, (clients, -1))
-        return ops.weighted_sum(b, self.q), ops.weighted_sum(a, self.p)
+        b = ops.weighted_sum_list(batch.list_b, self.q)
+        return b, ops.weighted_sum_list(batch.list_a, self.p)
 
 
 @dataclass(frozen=True)
