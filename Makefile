@@ -21,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/CMakeLis
 		-e '.[triton,plot,integration,bench,dev]'
 	@touch $@
 
+# Waiting threads must not spin: on two shared cores that costs more than the work.
+run test: export OMP_WAIT_POLICY := PASSIVE
+
 run: env
 	$(BIN)/python -m integration compare --preset quickstart --out runs/quickstart
 

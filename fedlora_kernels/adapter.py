@@ -127,13 +127,15 @@ class Adapter:
         return cls._parse(state_dict, peft_format.plain(config), name=name)
 
     @classmethod
-    def from_model(cls, model: Any, adapter_name: str = "default") -> "Adapter":
+    def from_model(
+        cls, model: Any, adapter_name: str = "default", *, name: str | None = None
+    ) -> "Adapter":
         """A copy of a live ``peft.PeftModel``'s adapter."""
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(model, adapter_name=adapter_name)
         copied = {key: tensor.detach().clone() for key, tensor in state.items()}
-        return cls.from_state_dict(copied, model.peft_config[adapter_name])
+        return cls.from_state_dict(copied, model.peft_config[adapter_name], name=name)
 
     def to_model(self, model: Any, adapter_name: str = "default") -> None:
         """Copy the factors into a live ``peft.PeftModel`` of the same ranks and scalings.

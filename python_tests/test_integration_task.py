@@ -1,0 +1,89 @@
+"""The task from the standard library's documentation strings: size, classes, no leakage."""
+
+import re
+import sys
+
+import pytest
+
+from integration.tasks import TASKS, Example, TaskError, stdlib_chapters
+from integration.tasks.task import split
+
+
+@pytest.fixture(scope="module")
+def task():
+    return TASKS["stdlib_chapters"](test_size=640, shared_per_class=50)
+
+
+def key(text):
+    return " ".join(re.findall(r"\w+", text.lower())[: stdlib_chapters.KEY_WORDS])
+
+
+def test_it_is_large_enough_and_has_eight_chapters(task):
+    everything = [*task.train, *task.shared, *task.test]
+    assert len(everything) >= 2000
+    assert len(task.test) == 640
+    assert len(task.shared) == 8 * 50
+    assert len(task.classes) == 8
+    for part in (task.train, task.shared, task.test):
+        assert {example.label for example in part} == set(range(8))
+    assert task.majority < 0.4
+
+
+def test_no_text_is_in_two_splits(task):
+    train, shared, test = (
+        {key(example.text) for example in part} for part in (task.train, task.shared, task.test)
+    )
+    assert not train & test
+    assert not shared & test
+    assert not train & shared
+    assert len(train) + len(shared) + len(test) == len(task.train) + len(task.shared) + 640
+
+
+def test_it_is_the_same_every_time(task):
+    assert TASKS["stdlib_chapters"](test_size=640, shared_per_class=50) == task
+
+
+def test_making_it_imports_no_module_of_the_library(task):
+    """Parsed, not imported: no Zen of Python, no browser, no window."""
+    before = set(sys.modules)
+    stdlib_chapters.strings()
+    imported = set(sys.modules) - before
+    assert imported <= stdlib_chapters.COMPILED
+    assert not {"this", "antigravity", "turtle", "nntplib"} & set(sys.modules)
+
+
+def test_texts_are_one_clean_paragraph(task):
+    for example in task.train:
+        assert len(example.text.split()) >= stdlib_chapters.MINIMUM_WORDS
+        assert example.text == " ".join(example.text.split())
+
+
+def test_a_text_of_two_chapters_is_in_neither(tmp_path, monkeypatch):
+    """Same words in two chapters: dropped. In two modules of one chapter: kept once."""
+    monkeypatch.setattr(stdlib_chapters.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(stdlib_chapters, "CHAPTERS", {"x": ("one", "two"), "y": ("three",)})
+    monkeypatch.setattr(stdlib_chapters, "MINIMUM_STRINGS", 1)
+    (tmp_path / "one.py").write_text('"""Words that both chapters share."""\ndef f():\n    "Ok."')
+    (tmp_path / "two.py").write_text('"""Only chapter x says\n    this.\n\n    More."""\n')
+    (tmp_path / "three.py").write_text('"""words that BOTH chapters share!"""\n')
+    assert stdlib_chapters.strings() == {"Only chapter x says this.": "x"}
+
+
+def test_a_python_without_sources_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(stdlib_chapters.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(TaskError, match="install the sources"):
+        stdlib_chapters.load(test_size=10, shared_per_class=1)
+
+
+def test_the_split_does_not_move_when_a_text_comes():
+    examples = [Example(f"text number {n}", n % 2) for n in range(100)]
+    sizes = {"test_size": 20, "shared_per_class": 5}
+    small = split("t", ("a", "b"), examples, **sizes)
+    large = split("t", ("a", "b"), [*examples, Example("one more", 0)], **sizes)
+    assert len(set(small.test) & set(large.test)) >= 19
+
+
+def test_a_split_that_does_not_suffice_names_the_class():
+    examples = [Example(f"text number {n}", 0) for n in range(10)]
+    with pytest.raises(TaskError, match=r"fewer than 2 examples .* of b;"):
+        split("t", ("a", "b"), examples, test_size=2, shared_per_class=2)
