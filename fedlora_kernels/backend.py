@@ -41,7 +41,7 @@ def _cpu() -> Backend:
         try:
             native.load("fedlora_cpu")
         except (ImportError, OSError) as error:
-            why = f"libfedlora_cpu.so does not load: {error}"
+            why = f"libfedlora_cpu.so does not load: {error.__cause__ or error}"
     return Backend("cpu", not why, why or "C++, on a CPU; composed on other devices")
 
 

@@ -36,7 +36,9 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-_threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
+# OpenMP's variable may list a number for each level of nesting; the first is the outermost.
+_asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+_threads = int(_asked) if _asked.isdecimal() and int(_asked) else len(os.sched_getaffinity(0))
 
 
 def set_num_threads(count: int) -> None:

@@ -3,6 +3,7 @@
 //
 // bfloat16 is ml_dtypes.bfloat16, which numpy knows by its name only. The interpreter's lock is
 // released while an operator computes; results are allocated under it.
+#include <algorithm>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -49,7 +50,7 @@ Array array_of(const py::array& array) {
   const auto name = py::str(array.dtype().attr("name")).cast<std::string>();
   const bool swapped = !array.dtype().attr("isnative").cast<bool>();
   // Strides that are no whole number of elements (a field of a record, say) have to be copied.
-  const py::ssize_t size = array.itemsize();
+  const py::ssize_t size = std::max<py::ssize_t>(1, array.itemsize());  // a record may be empty
   bool whole = !swapped && (py::cast<uintptr_t>(array.attr("ctypes").attr("data")) % size) == 0;
   for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) whole &= array.strides(axis) % size == 0;
   if (!whole) {

@@ -80,8 +80,9 @@ void check_svd(const Side& b, const Array& scale, double energy, MaxRank max_ran
   checks::max_rank(max_rank);
   checks::precision(precision);
   if (precision == "fast" && energy > kFastEnergy) {
-    throw WrongValue("precision 'fast' cannot tell energies above " + checks::number(kFastEnergy) +
-                     " apart, found " + checks::number(energy) + "; use 'exact'");
+    throw WrongValue("precision 'fast' cannot resolve energies above " +
+                     checks::number(kFastEnergy) + ", found " + checks::number(energy) +
+                     "; use 'exact'");
   }
 }
 

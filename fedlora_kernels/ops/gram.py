@@ -85,13 +85,6 @@ def _check_list(x: Sequence[Tensor], modules: int, rows: bool, precision: str = 
                 f"found {checks.shape(tensor)} and {checks.shape(x[0])}"
             )
     checks.precision(precision)
-    depth = 1 if rows else 0
-    for index, tensor in enumerate(x):
-        if tensor.shape[depth] != x[0].shape[depth]:
-            raise ValueError(
-                f"x[{index}] must have size {int(x[0].shape[depth])} in dimension {depth}, "
-                f"found shape {checks.shape(tensor)}"
-            )
 
 
 def _composed(x: Tensor, rows: bool, precision: str = "exact") -> Tensor:
