@@ -3,11 +3,11 @@
 //
 // bfloat16 is ml_dtypes.bfloat16, which numpy knows by its name only. The interpreter's lock is
 // released while an operator computes; results are allocated under it.
-#include <algorithm>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
