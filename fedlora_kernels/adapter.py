@@ -295,7 +295,7 @@ def _refuse_tensor(who: str, key: str, tensor: Tensor) -> None:
             "represents"
         )
     # The sum is NaN or Inf whenever an entry is; only then (or on overflow) look at each entry.
-    if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):
+    if tensor.is_floating_point() and not bool(tensor.sum().isfinite()):
         bad = int((~tensor.isfinite()).sum())
         if bad:
             module = key.removeprefix(PREFIX)
