@@ -205,7 +205,7 @@ def _factors(
         for module, factors in adapter.factors.items()
         if factors.embedding
     }
-    widest = max((int(part.ranks.max()) for part in parts), default=0)
+    widest = max([1, *(int(part.ranks.max()) for part in parts)])
     made = {}
     for batch, part in zip(batches, parts, strict=True):
         b_g, a_g = part.factors(batch if dtype is None else batch.widened(dtype))
@@ -215,8 +215,8 @@ def _factors(
             width = max(1, rank)
             b, a = b_g[index, :, :width].contiguous(), a_g[index, :width].contiguous()
             if uniform_rank:
-                b = torch.nn.functional.pad(b, (0, max(1, widest) - width))
-                a = torch.nn.functional.pad(a, (0, 0, 0, max(1, widest) - width))
+                b = torch.nn.functional.pad(b, (0, widest - width))
+                a = torch.nn.functional.pad(a, (0, 0, 0, widest - width))
             module = batch.modules[index]
             made[module] = Factors(b, a, scaling, module in embeddings)
     return dict(sorted(made.items()))
