@@ -29,11 +29,19 @@ struct Array {
 
 using Arrays = std::vector<Array>;
 
+// Memory and order on a device.
+struct DeviceMemory {
+  std::function<void*(size_t)> scratch;                      // until the operator returns
+  std::function<const void*(const void*, size_t)> uploaded;  // a copy of the host's bytes
+  void* stream;
+};
+
 // Where an operator puts its results and how many threads it may use. allocate() gives contiguous,
 // uninitialised arrays; results are handed back in the order in which they were asked for.
 struct Host {
   std::function<Array(Scalar, const Sizes&)> allocate;
   int threads;
+  const DeviceMemory* device = nullptr;  // of arrays that are not the CPU's
 };
 
 // ValueError and TypeError of the Python faces; RuntimeError of the raw torch operators.

@@ -6,6 +6,8 @@
 namespace fedlora::checks {
 namespace {
 
+constexpr double kFastEnergy = 1 - 1e-6;  // float32 accumulation resolves no more energy than this
+
 std::string at(const std::string& name, size_t index) {
   return name + "[" + std::to_string(index) + "]";
 }
@@ -13,26 +15,6 @@ std::string at(const std::string& name, size_t index) {
 std::string both(const std::string& left, const std::string& right) {
   return left + " and " + right;
 }
-
-}  // namespace
-
-std::string shape(const Sizes& sizes) {
-  std::string text = "[";
-  for (const int64_t size : sizes) {
-    if (text.size() > 1) text += ", ";
-    text += std::to_string(size);
-  }
-  return text + "]";
-}
-
-std::string number(double value) {
-  std::array<char, 32> text{};
-  const auto end = std::to_chars(text.data(), text.data() + text.size(), value).ptr;
-  std::string result(text.data(), end);
-  return result.find_first_not_of("-0123456789") == std::string::npos ? result + ".0" : result;
-}
-
-bool is_factor(Scalar scalar) { return scalar != Scalar::int64 && scalar != Scalar::other; }
 
 void dimensions(const std::string& name, const Array& array, int64_t count) {
   if (array.dim() == count) return;
@@ -71,7 +53,7 @@ void energy(double value) {
   throw WrongValue("energy must lie in (0, 1], found " + number(value));
 }
 
-void max_rank(std::optional<int64_t> value) {
+void max_rank(MaxRank value) {
   if (!value || *value >= 1) return;
   throw WrongValue("max_rank must be at least 1, found " + std::to_string(*value));
 }
@@ -151,6 +133,185 @@ void equal_ranks(int64_t stacked_rank, const Array& weights) {
                    " must be a multiple of the number of clients, found " +
                    std::to_string(weights.size(0)) +
                    " weights (surrogate averages need equal ranks)");
+}
+
+void coefficients(int64_t modules, int64_t rank, const Array& x, const Array& y) {
+  dimensions("x", x, 3);
+  real("x", x);
+  if (y.scalar != x.scalar) {
+    throw WrongType("x and y must have one dtype, found " + both(x.dtype, y.dtype));
+  }
+  sizes("x", x, {modules, rank, x.size(2)});
+  sizes("y", y, {modules, x.size(2), rank});
+}
+
+void truncation(int64_t modules, int64_t rank, const Array& scale, double energy_share, MaxRank cap,
+                const std::string& exactness) {
+  real("scale", scale);
+  sizes("scale", scale, {modules, rank});
+  energy(energy_share);
+  max_rank(cap);
+  precision(exactness);
+  if (exactness == "fast" && energy_share > kFastEnergy) {
+    throw WrongValue("precision 'fast' cannot resolve energies above " + number(kFastEnergy) +
+                     ", found " + number(energy_share) + "; use 'exact'");
+  }
+}
+
+void mixing(int64_t modules, const Array& weights, const Array& scale,
+            const std::string& exactness) {
+  dimensions("weights", weights, 1);
+  real("weights", weights);
+  real("scale", scale);
+  sizes("scale", scale, {modules, weights.size(0)});
+  precision(exactness);
+}
+
+int64_t stacked_rank(const Arrays& b, int64_t modules) {
+  int64_t rank = 0;
+  for (size_t k = 0; k < b.size() / static_cast<size_t>(modules); ++k) rank += b[k].size(1);
+  return rank;
+}
+
+}  // namespace
+
+std::string shape(const Sizes& sizes) {
+  std::string text = "[";
+  for (const int64_t size : sizes) {
+    if (text.size() > 1) text += ", ";
+    text += std::to_string(size);
+  }
+  return text + "]";
+}
+
+std::string number(double value) {
+  std::array<char, 32> text{};
+  const auto end = std::to_chars(text.data(), text.data() + text.size(), value).ptr;
+  std::string result(text.data(), end);
+  return result.find_first_not_of("-0123456789") == std::string::npos ? result + ".0" : result;
+}
+
+bool is_factor(Scalar scalar) { return scalar != Scalar::int64 && scalar != Scalar::other; }
+
+void gram(const Array& x, const std::string& exactness) {
+  factor("x", x);
+  precision(exactness);
+}
+
+void gram_list(const Arrays& x, int64_t modules, bool rows, const std::string& exactness) {
+  factor_list("x", x, modules);
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (x[i].size(rows ? 1 : 0) == x[0].size(rows ? 1 : 0)) continue;
+    throw WrongValue(at("x", i) + " and x[0] must agree in d, found " +
+                     both(shape(x[i].sizes), shape(x[0].sizes)));
+  }
+  precision(exactness);
+}
+
+void spectrum(const Array& gram_b, const Array& gram_a, const Array& scale, double energy_share,
+              MaxRank cap) {
+  grams(gram_b, gram_a);
+  real("scale", scale);
+  sizes("scale", scale, {gram_b.size(0), gram_b.size(1)});
+  energy(energy_share);
+  max_rank(cap);
+}
+
+void select_rank(const Array& sigma, const Array& total_energy, double energy_share, MaxRank cap) {
+  dimensions("sigma", sigma, 2);
+  float64("sigma", sigma);
+  float64("total_energy", total_energy);
+  sizes("total_energy", total_energy, {sigma.size(0)});
+  energy(energy_share);
+  max_rank(cap);
+}
+
+void surrogate(const Array& gram_b, const Array& gram_a, const Array& weights, const Array& scale,
+               int64_t max_sweeps, double tol) {
+  grams(gram_b, gram_a);
+  dimensions("weights", weights, 1);
+  real("weights", weights);
+  real("scale", scale);
+  sizes("scale", scale, {gram_b.size(0), weights.size(0)});
+  equal_ranks(gram_b.size(1), weights);
+  if (max_sweeps < 1) {
+    throw WrongValue("max_sweeps must be at least 1, found " + std::to_string(max_sweeps));
+  }
+  if (!(tol >= 0)) throw WrongValue("tol must not be negative, found " + number(tol));
+}
+
+void combine(const Array& b, const Array& a, const Array& x, const Array& y) {
+  pair(b, a);
+  coefficients(b.size(0), b.size(2), x, y);
+}
+
+void combine_list(const Arrays& b, const Arrays& a, const Array& x, const Array& y) {
+  dimensions("x", x, 3);
+  list_pair(b, a, x.size(0));
+  coefficients(x.size(0), stacked_rank(b, x.size(0)), x, y);
+}
+
+void stacked_svd(const Array& b, const Array& a, const Array& scale, double energy_share,
+                 MaxRank cap, const std::string& exactness) {
+  pair(b, a);
+  truncation(b.size(0), b.size(2), scale, energy_share, cap, exactness);
+}
+
+void stacked_svd_list(const Arrays& b, const Arrays& a, const Array& scale, double energy_share,
+                      MaxRank cap, const std::string& exactness) {
+  dimensions("scale", scale, 2);
+  real("scale", scale);
+  list_pair(b, a, scale.size(0));
+  truncation(scale.size(0), stacked_rank(b, scale.size(0)), scale, energy_share, cap, exactness);
+}
+
+void flora_na(const Array& b, const Array& a, const Array& weights, const Array& scale,
+              const std::string& exactness) {
+  pair(b, a);
+  mixing(b.size(0), weights, scale, exactness);
+  equal_ranks(b.size(2), weights);
+}
+
+void flora_na_list(const Arrays& b, const Arrays& a, const Array& weights, const Array& scale,
+                   const std::string& exactness) {
+  dimensions("scale", scale, 2);
+  list_pair(b, a, scale.size(0));
+  mixing(scale.size(0), weights, scale, exactness);
+  if (static_cast<int64_t>(b.size()) != scale.size(0) * scale.size(1)) {
+    throw WrongValue("b and a must hold one tensor for each of the scalings " + shape(scale.sizes) +
+                     ", found " + std::to_string(b.size()));
+  }
+  for (size_t i = 0; i < b.size(); ++i) sizes(at("b", i), b[i], b[0].sizes);
+}
+
+void weighted_sum(const Array& stacked, const Array& weights) {
+  if (stacked.dim() < 2) {
+    throw WrongValue("stacked must be [L,K,...], found shape " + shape(stacked.sizes));
+  }
+  if (!is_factor(stacked.scalar)) {
+    throw WrongType("stacked must be a floating type, found " + stacked.dtype);
+  }
+  real("weights", weights);
+  const int64_t modules = stacked.size(0);
+  const int64_t clients = stacked.size(1);
+  sizes("weights", weights, weights.dim() == 2 ? Sizes{modules, clients} : Sizes{clients});
+}
+
+void weighted_sum_list(const Arrays& factors, const Array& weights) {
+  dimensions("weights", weights, 2);
+  real("weights", weights);
+  const auto count = static_cast<int64_t>(factors.size());
+  if (count == 0 || count != weights.size(0) * weights.size(1)) {
+    throw WrongValue("factors must hold one tensor for each of the weights " +
+                     shape(weights.sizes) + ", found " + std::to_string(count));
+  }
+  for (size_t i = 0; i < factors.size(); ++i) {
+    sizes(at("factors", i), factors[i], factors[0].sizes);
+    if (factors[i].scalar != factors[0].scalar || !is_factor(factors[i].scalar)) {
+      throw WrongType(at("factors", i) + " must be " + factors[0].dtype +
+                      " (a floating type), found " + factors[i].dtype);
+    }
+  }
 }
 
 }  // namespace fedlora::checks

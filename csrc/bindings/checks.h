@@ -8,25 +8,32 @@
 
 namespace fedlora::checks {
 
+using MaxRank = std::optional<int64_t>;
+
 std::string shape(const Sizes& sizes);
 std::string number(double value);  // as Python prints it
 
-void dimensions(const std::string& name, const Array& array, int64_t count);
-void sizes(const std::string& name, const Array& array, const Sizes& expected);
-void factor(const std::string& name, const Array& array);
-void real(const std::string& name, const Array& array);
-void float64(const std::string& name, const Array& array);
-
-void precision(const std::string& value);
-void energy(double value);
-void max_rank(std::optional<int64_t> value);
-
-void pair(const Array& b, const Array& a);
-void grams(const Array& gram_b, const Array& gram_a);
-void factor_list(const std::string& name, const Arrays& arrays, int64_t modules);
-void list_pair(const Arrays& b, const Arrays& a, int64_t modules);
-void equal_ranks(int64_t stacked_rank, const Array& weights);
-
 bool is_factor(Scalar scalar);
+
+// One function per operator: everything that fedlora_kernels/ops refuses.
+void gram(const Array& x, const std::string& precision);
+void gram_list(const Arrays& x, int64_t modules, bool rows, const std::string& precision);
+void spectrum(const Array& gram_b, const Array& gram_a, const Array& scale, double energy,
+              MaxRank max_rank);
+void select_rank(const Array& sigma, const Array& total_energy, double energy, MaxRank max_rank);
+void surrogate(const Array& gram_b, const Array& gram_a, const Array& weights, const Array& scale,
+               int64_t max_sweeps, double tol);
+void combine(const Array& b, const Array& a, const Array& x, const Array& y);
+void combine_list(const Arrays& b, const Arrays& a, const Array& x, const Array& y);
+void stacked_svd(const Array& b, const Array& a, const Array& scale, double energy,
+                 MaxRank max_rank, const std::string& precision);
+void stacked_svd_list(const Arrays& b, const Arrays& a, const Array& scale, double energy,
+                      MaxRank max_rank, const std::string& precision);
+void flora_na(const Array& b, const Array& a, const Array& weights, const Array& scale,
+              const std::string& precision);
+void flora_na_list(const Arrays& b, const Arrays& a, const Array& weights, const Array& scale,
+                   const std::string& precision);
+void weighted_sum(const Array& stacked, const Array& weights);
+void weighted_sum_list(const Arrays& factors, const Array& weights);
 
 }  // namespace fedlora::checks

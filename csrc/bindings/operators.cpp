@@ -18,7 +18,6 @@
 namespace fedlora::operators {
 namespace {
 
-constexpr double kFastEnergy = 1 - 1e-6;  // float32 accumulation resolves no more energy than this
 constexpr SurrogateOptions kSurrogate = {50, 1e-12};
 
 double* doubles(const Array& array) { return static_cast<double*>(array.data); }
@@ -44,16 +43,6 @@ void grams_of(const Host& host, const Side& x, const std::string& precision) {
   });
 }
 
-void check_combine(const Side& b, const Array& x, const Array& y) {
-  checks::dimensions("x", x, 3);
-  checks::real("x", x);
-  if (y.scalar != x.scalar) {
-    throw WrongType("x and y must have one dtype, found " + x.dtype + " and " + y.dtype);
-  }
-  checks::sizes("x", x, {b.modules(), b.rank(), x.size(2)});
-  checks::sizes("y", y, {b.modules(), x.size(2), b.rank()});
-}
-
 void combined(const Host& host, const Side& b, const Side& a, const Array& x, const Array& y) {
   const int64_t modules = b.modules();
   const int64_t rank = b.rank();
@@ -72,23 +61,8 @@ void combined(const Host& host, const Side& b, const Side& a, const Array& x, co
   });
 }
 
-void check_svd(const Side& b, const Array& scale, double energy, MaxRank max_rank,
-               const std::string& precision) {
-  checks::real("scale", scale);
-  checks::sizes("scale", scale, {b.modules(), b.rank()});
-  checks::energy(energy);
-  checks::max_rank(max_rank);
-  checks::precision(precision);
-  if (precision == "fast" && energy > kFastEnergy) {
-    throw WrongValue("precision 'fast' cannot resolve energies above " +
-                     checks::number(kFastEnergy) + ", found " + checks::number(energy) +
-                     "; use 'exact'");
-  }
-}
-
 void svds_of(const Host& host, const Side& b, const Side& a, const Array& scale, double energy,
              MaxRank max_rank, const std::string& precision) {
-  check_svd(b, scale, energy, max_rank, precision);
   const int64_t modules = b.modules();
   const int64_t rank = b.rank();
   const int64_t width = max_rank.value_or(std::min({rank, b.depth(), a.depth()}));
@@ -107,15 +81,6 @@ void svds_of(const Host& host, const Side& b, const Side& a, const Array& scale,
       throw in_module(module, error);
     }
   });
-}
-
-void check_mixing(int64_t modules, const Array& weights, const Array& scale,
-                  const std::string& precision) {
-  checks::dimensions("weights", weights, 1);
-  checks::real("weights", weights);
-  checks::real("scale", scale);
-  checks::sizes("scale", scale, {modules, weights.size(0)});
-  checks::precision(precision);
 }
 
 void flora_na_of(const Host& host, const Side& b, const Side& a, const Array& weights,
@@ -159,30 +124,19 @@ void averages_of(const Host& host, const std::vector<const void*>& sources, cons
 }  // namespace
 
 void gram(const Host& host, const Array& x, bool rows, const std::string& precision) {
-  checks::factor("x", x);
-  checks::precision(precision);
+  checks::gram(x, precision);
   grams_of(host, Side(x, rows), precision);
 }
 
 void gram_list(const Host& host, const Arrays& x, int64_t modules, bool rows,
                const std::string& precision) {
-  checks::factor_list("x", x, modules);
-  for (size_t i = 0; i < x.size(); ++i) {
-    if (x[i].size(rows ? 1 : 0) == x[0].size(rows ? 1 : 0)) continue;
-    throw WrongValue("x[" + std::to_string(i) + "] and x[0] must agree in d, found " +
-                     checks::shape(x[i].sizes) + " and " + checks::shape(x[0].sizes));
-  }
-  checks::precision(precision);
+  checks::gram_list(x, modules, rows, precision);
   grams_of(host, Side(x, modules, rows), precision);
 }
 
 void spectrum(const Host& host, const Array& gram_b, const Array& gram_a, const Array& scale,
               double energy, MaxRank max_rank) {
-  checks::grams(gram_b, gram_a);
-  checks::real("scale", scale);
-  checks::sizes("scale", scale, {gram_b.size(0), gram_b.size(1)});
-  checks::energy(energy);
-  checks::max_rank(max_rank);
+  checks::spectrum(gram_b, gram_a, scale, energy, max_rank);
   const int64_t modules = gram_b.size(0);
   const int64_t rank = gram_b.size(1);
   const int64_t square = rank * rank;
@@ -216,12 +170,7 @@ void spectrum(const Host& host, const Array& gram_b, const Array& gram_a, const 
 
 void select_rank(const Host& host, const Array& sigma, const Array& total_energy, double energy,
                  MaxRank max_rank) {
-  checks::dimensions("sigma", sigma, 2);
-  checks::float64("sigma", sigma);
-  checks::float64("total_energy", total_energy);
-  checks::sizes("total_energy", total_energy, {sigma.size(0)});
-  checks::energy(energy);
-  checks::max_rank(max_rank);
+  checks::select_rank(sigma, total_energy, energy, max_rank);
   const int64_t rank = sigma.size(1);
   const Doubles values(sigma);
   const Doubles totals(total_energy);
@@ -234,16 +183,7 @@ void select_rank(const Host& host, const Array& sigma, const Array& total_energy
 
 void surrogate(const Host& host, const Array& gram_b, const Array& gram_a, const Array& weights,
                const Array& scale, int64_t max_sweeps, double tol) {
-  checks::grams(gram_b, gram_a);
-  checks::dimensions("weights", weights, 1);
-  checks::real("weights", weights);
-  checks::real("scale", scale);
-  checks::sizes("scale", scale, {gram_b.size(0), weights.size(0)});
-  checks::equal_ranks(gram_b.size(1), weights);
-  if (max_sweeps < 1) {
-    throw WrongValue("max_sweeps must be at least 1, found " + std::to_string(max_sweeps));
-  }
-  if (!(tol >= 0)) throw WrongValue("tol must not be negative, found " + checks::number(tol));
+  checks::surrogate(gram_b, gram_a, weights, scale, max_sweeps, tol);
   const int64_t modules = gram_b.size(0);
   const int64_t clients = weights.size(0);
   const int64_t rank = gram_b.size(1);
@@ -264,73 +204,48 @@ void surrogate(const Host& host, const Array& gram_b, const Array& gram_a, const
 }
 
 void combine(const Host& host, const Array& b, const Array& a, const Array& x, const Array& y) {
-  checks::pair(b, a);
-  const Side left(b, false);
-  check_combine(left, x, y);
-  combined(host, left, Side(a, true), x, y);
+  checks::combine(b, a, x, y);
+  combined(host, Side(b, false), Side(a, true), x, y);
 }
 
 void combine_list(const Host& host, const Arrays& b, const Arrays& a, const Array& x,
                   const Array& y) {
-  checks::dimensions("x", x, 3);
-  checks::list_pair(b, a, x.size(0));
-  const Side left(b, x.size(0), false);
-  check_combine(left, x, y);
-  combined(host, left, Side(a, x.size(0), true), x, y);
+  checks::combine_list(b, a, x, y);
+  combined(host, Side(b, x.size(0), false), Side(a, x.size(0), true), x, y);
 }
 
 void stacked_svd(const Host& host, const Array& b, const Array& a, const Array& scale,
                  double energy, MaxRank max_rank, const std::string& precision) {
-  checks::pair(b, a);
+  checks::stacked_svd(b, a, scale, energy, max_rank, precision);
   svds_of(host, Side(b, false), Side(a, true), scale, energy, max_rank, precision);
 }
 
 void stacked_svd_list(const Host& host, const Arrays& b, const Arrays& a, const Array& scale,
                       double energy, MaxRank max_rank, const std::string& precision) {
-  checks::dimensions("scale", scale, 2);
-  checks::real("scale", scale);
+  checks::stacked_svd_list(b, a, scale, energy, max_rank, precision);
   const int64_t modules = scale.size(0);
-  checks::list_pair(b, a, modules);
   svds_of(host, Side(b, modules, false), Side(a, modules, true), scale, energy, max_rank,
           precision);
 }
 
 void flora_na(const Host& host, const Array& b, const Array& a, const Array& weights,
               const Array& scale, const std::string& precision) {
-  checks::pair(b, a);
-  check_mixing(b.size(0), weights, scale, precision);
-  checks::equal_ranks(b.size(2), weights);
+  checks::flora_na(b, a, weights, scale, precision);
   flora_na_of(host, Side(b, false), Side(a, true), weights, scale, precision);
 }
 
 void flora_na_list(const Host& host, const Arrays& b, const Arrays& a, const Array& weights,
                    const Array& scale, const std::string& precision) {
-  checks::dimensions("scale", scale, 2);
+  checks::flora_na_list(b, a, weights, scale, precision);
   const int64_t modules = scale.size(0);
-  checks::list_pair(b, a, modules);
-  check_mixing(modules, weights, scale, precision);
-  if (static_cast<int64_t>(b.size()) != modules * scale.size(1)) {
-    throw WrongValue("b and a must hold one tensor for each of the scalings " +
-                     checks::shape(scale.sizes) + ", found " + std::to_string(b.size()));
-  }
-  for (size_t i = 0; i < b.size(); ++i) {
-    checks::sizes("b[" + std::to_string(i) + "]", b[i], b[0].sizes);
-  }
   flora_na_of(host, Side(b, modules, false), Side(a, modules, true), weights, scale, precision);
 }
 
 void weighted_sum(const Host& host, const Array& stacked, const Array& weights) {
-  if (stacked.dim() < 2) {
-    throw WrongValue("stacked must be [L,K,...], found shape " + checks::shape(stacked.sizes));
-  }
-  if (!checks::is_factor(stacked.scalar)) {
-    throw WrongType("stacked must be a floating type, found " + stacked.dtype);
-  }
-  checks::real("weights", weights);
+  checks::weighted_sum(stacked, weights);
   const int64_t modules = stacked.size(0);
   const int64_t clients = stacked.size(1);
   const bool own = weights.dim() == 2;
-  checks::sizes("weights", weights, own ? Sizes{modules, clients} : Sizes{clients});
 
   const Rows view(stacked, !layout_of(stacked, 2).possible);
   const Layout layout = layout_of(view.array(), 2);
@@ -353,21 +268,7 @@ void weighted_sum(const Host& host, const Array& stacked, const Array& weights) 
 }
 
 void weighted_sum_list(const Host& host, const Arrays& factors, const Array& weights) {
-  checks::dimensions("weights", weights, 2);
-  checks::real("weights", weights);
-  const auto count = static_cast<int64_t>(factors.size());
-  if (count == 0 || count != weights.size(0) * weights.size(1)) {
-    throw WrongValue("factors must hold one tensor for each of the weights " +
-                     checks::shape(weights.sizes) + ", found " + std::to_string(count));
-  }
-  for (size_t i = 0; i < factors.size(); ++i) {
-    const std::string name = "factors[" + std::to_string(i) + "]";
-    checks::sizes(name, factors[i], factors[0].sizes);
-    if (factors[i].scalar != factors[0].scalar || !checks::is_factor(factors[i].scalar)) {
-      throw WrongType(name + " must be " + factors[0].dtype + " (a floating type), found " +
-                      factors[i].dtype);
-    }
-  }
+  checks::weighted_sum_list(factors, weights);
   // One common layout: rows of runs where every factor has them with the same columns.
   Layout layout = layout_of(factors[0], 0);
   bool whole = false;

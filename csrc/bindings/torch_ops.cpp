@@ -1,6 +1,10 @@
-// The CPU kernels of torch.ops.fedlora, on LibTorch's stable ABI: one build for every Python and
-// every torch from 2.10 on. Schemas and fakes are declared by fedlora_kernels/ops; this only
-// registers implementations, with the same checks and sentences.
+// The kernels of torch.ops.fedlora, on LibTorch's stable ABI: one build for every Python and every
+// torch from 2.10 on. Schemas and fakes are declared by fedlora_kernels/ops; this only registers
+// implementations, with the same checks and sentences.
+//
+// Compiled three times: libfedlora_cpu registers the core for key CPU; libfedlora_cuda
+// (FEDLORA_CUDA) the kernels of csrc/cuda for key CUDA; libfedlora_cuda_emulated (FEDLORA_EMULATED)
+// the same kernels in the block emulator, for key CPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,6 +17,15 @@
 #include <vector>
 
 #include "operators.h"
+
+#if defined(FEDLORA_CUDA) || defined(FEDLORA_EMULATED)
+#include "torch_device.h"
+#endif
+#ifdef FEDLORA_CUDA
+#define FEDLORA_KEY CUDA
+#else
+#define FEDLORA_KEY CPU
+#endif
 
 namespace fedlora {
 namespace {
@@ -101,19 +114,64 @@ Arrays arrays_of(const Tensors& tensors) {
   return arrays;
 }
 
-// Runs an operator and returns its N results. Mistakes become RuntimeErrors that name it.
-template <size_t N, class F>
-auto results_of(const char* name, F&& run) {
+// The one device that an operator's tensors are on.
+class Place {
+ public:
+  template <class... T>
+  explicit Place(const T&... arguments) {
+    (add(arguments), ...);
+  }
+  const torch::stable::Device& device() const { return *device_; }
+
+ private:
+  void add(const Tensor& tensor) {
+    if (!device_) device_ = tensor.device();
+    if (tensor.device() != *device_) {
+      throw std::runtime_error("all tensors must be on one device, found " + text(*device_) +
+                               " and " + text(tensor.device()));
+    }
+  }
+  void add(const Tensors& tensors) {
+    for (const Tensor& tensor : tensors) add(tensor);
+  }
+  template <class T>
+  void add(const T&) {}
+
+  static std::string text(const torch::stable::Device& device) {
+    return device.is_cpu() ? "cpu" : "cuda:" + std::to_string(device.index());
+  }
+
+  std::optional<torch::stable::Device> device_;
+};
+
+auto converted(const Tensor& tensor) { return array_of(tensor); }
+auto converted(const Tensors& tensors) { return arrays_of(tensors); }
+auto converted(std::string_view text) { return std::string(text); }
+template <class T>
+auto converted(const T& value) {
+  return value;
+}
+
+// Runs an operator on its arguments and returns its N results. Mistakes become RuntimeErrors that
+// name it.
+template <size_t N, class F, class... T>
+auto results_of(const char* name, F run, const T&... arguments) {
   Tensors results;
-  const Host host = {[&](Scalar scalar, const Sizes& sizes) {
-                       results.push_back(torch::stable::empty(sizes, type_of(scalar)));
-                       Array array = array_of(results.back());
-                       array.data = results.back().mutable_data_ptr();
-                       return array;
-                     },
-                     static_cast<int>(torch::stable::get_num_threads())};
   try {
-    run(host);
+    const Place place(arguments...);
+    Host host = {[&](Scalar scalar, const Sizes& sizes) {
+                   results.push_back(
+                       torch::stable::empty(sizes, type_of(scalar), std::nullopt, place.device()));
+                   Array array = array_of(results.back());
+                   array.data = results.back().mutable_data_ptr();
+                   return array;
+                 },
+                 static_cast<int>(torch::stable::get_num_threads())};
+#if defined(FEDLORA_CUDA) || defined(FEDLORA_EMULATED)
+    const TorchDevice device(place.device());
+    host.device = device.memory();
+#endif
+    run(host, converted(arguments)...);
   } catch (const std::exception& error) {
     throw std::runtime_error(std::string("fedlora::") + name + ": " + error.what());
   }
@@ -128,100 +186,73 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor gram(const Tensor& x, bool rows, std::string_view precision) {
-  return std::get<0>(results_of<1>("gram", [&](const Host& host) {
-    operators::gram(host, array_of(x), rows, std::string(precision));
-  }));
+  return std::get<0>(results_of<1>("gram", operators::gram, x, rows, precision));
 }
 
 Tensor gram_list(const Tensors& x, int64_t modules, bool rows, std::string_view precision) {
-  return std::get<0>(results_of<1>("gram_list", [&](const Host& host) {
-    operators::gram_list(host, arrays_of(x), modules, rows, std::string(precision));
-  }));
+  return std::get<0>(results_of<1>("gram_list", operators::gram_list, x, modules, rows, precision));
 }
 
 Five spectrum(const Tensor& gram_b, const Tensor& gram_a, const Tensor& scale, double energy,
               MaxRank max_rank) {
-  return results_of<5>("spectrum", [&](const Host& host) {
-    operators::spectrum(host, array_of(gram_b), array_of(gram_a), array_of(scale), energy,
-                        max_rank);
-  });
+  return results_of<5>("spectrum", operators::spectrum, gram_b, gram_a, scale, energy, max_rank);
 }
 
 Tensor select_rank(const Tensor& sigma, const Tensor& total_energy, double energy,
                    MaxRank max_rank) {
-  return std::get<0>(results_of<1>("select_rank", [&](const Host& host) {
-    operators::select_rank(host, array_of(sigma), array_of(total_energy), energy, max_rank);
-  }));
+  return std::get<0>(
+      results_of<1>("select_rank", operators::select_rank, sigma, total_energy, energy, max_rank));
 }
 
 Three surrogate(const Tensor& gram_b, const Tensor& gram_a, const Tensor& weights,
                 const Tensor& scale, int64_t max_sweeps, double tol) {
-  return results_of<3>("surrogate", [&](const Host& host) {
-    operators::surrogate(host, array_of(gram_b), array_of(gram_a), array_of(weights),
-                         array_of(scale), max_sweeps, tol);
-  });
+  return results_of<3>("surrogate", operators::surrogate, gram_b, gram_a, weights, scale,
+                       max_sweeps, tol);
 }
 
 Two combine(const Tensor& b, const Tensor& a, const Tensor& x, const Tensor& y) {
-  return results_of<2>("combine", [&](const Host& host) {
-    operators::combine(host, array_of(b), array_of(a), array_of(x), array_of(y));
-  });
+  return results_of<2>("combine", operators::combine, b, a, x, y);
 }
 
 Two combine_list(const Tensors& b, const Tensors& a, const Tensor& x, const Tensor& y) {
-  return results_of<2>("combine_list", [&](const Host& host) {
-    operators::combine_list(host, arrays_of(b), arrays_of(a), array_of(x), array_of(y));
-  });
+  return results_of<2>("combine_list", operators::combine_list, b, a, x, y);
 }
 
 Tensor weighted_sum(const Tensor& stacked, const Tensor& weights) {
-  return std::get<0>(results_of<1>("weighted_sum", [&](const Host& host) {
-    operators::weighted_sum(host, array_of(stacked), array_of(weights));
-  }));
+  return std::get<0>(results_of<1>("weighted_sum", operators::weighted_sum, stacked, weights));
 }
 
 Tensor weighted_sum_list(const Tensors& factors, const Tensor& weights) {
-  return std::get<0>(results_of<1>("weighted_sum_list", [&](const Host& host) {
-    operators::weighted_sum_list(host, arrays_of(factors), array_of(weights));
-  }));
+  return std::get<0>(
+      results_of<1>("weighted_sum_list", operators::weighted_sum_list, factors, weights));
 }
 
 Four stacked_svd(const Tensor& b, const Tensor& a, const Tensor& scale, double energy,
                  MaxRank max_rank, std::string_view precision) {
-  return results_of<4>("stacked_svd", [&](const Host& host) {
-    operators::stacked_svd(host, array_of(b), array_of(a), array_of(scale), energy, max_rank,
-                           std::string(precision));
-  });
+  return results_of<4>("stacked_svd", operators::stacked_svd, b, a, scale, energy, max_rank,
+                       precision);
 }
 
 Four stacked_svd_list(const Tensors& b, const Tensors& a, const Tensor& scale, double energy,
                       MaxRank max_rank, std::string_view precision) {
-  return results_of<4>("stacked_svd_list", [&](const Host& host) {
-    operators::stacked_svd_list(host, arrays_of(b), arrays_of(a), array_of(scale), energy, max_rank,
-                                std::string(precision));
-  });
+  return results_of<4>("stacked_svd_list", operators::stacked_svd_list, b, a, scale, energy,
+                       max_rank, precision);
 }
 
 Five flora_na(const Tensor& b, const Tensor& a, const Tensor& weights, const Tensor& scale,
               std::string_view precision) {
-  return results_of<5>("flora_na", [&](const Host& host) {
-    operators::flora_na(host, array_of(b), array_of(a), array_of(weights), array_of(scale),
-                        std::string(precision));
-  });
+  return results_of<5>("flora_na", operators::flora_na, b, a, weights, scale, precision);
 }
 
 Five flora_na_list(const Tensors& b, const Tensors& a, const Tensor& weights, const Tensor& scale,
                    std::string_view precision) {
-  return results_of<5>("flora_na_list", [&](const Host& host) {
-    operators::flora_na_list(host, arrays_of(b), arrays_of(a), array_of(weights), array_of(scale),
-                             std::string(precision));
-  });
+  return results_of<5>("flora_na_list", operators::flora_na_list, b, a, weights, scale, precision);
 }
 
 }  // namespace
 }  // namespace fedlora
 
-STABLE_TORCH_LIBRARY_IMPL(fedlora, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fedlora, FEDLORA_KEY, m) {
   m.impl("gram", TORCH_BOX(&fedlora::gram));
   m.impl("gram_list", TORCH_BOX(&fedlora::gram_list));
   m.impl("spectrum", TORCH_BOX(&fedlora::spectrum));

@@ -9,6 +9,17 @@ int64_t bytes_of(Scalar scalar) {
   return scalar == Scalar::int64 ? 8 : fedlora::bytes_of(factor_type(scalar));
 }
 
+// visit(offset) for every element in order, offset in elements.
+template <class F>
+void each_offset(const Array& array, int64_t axis, int64_t offset, const F& visit) {
+  if (axis == array.dim()) return visit(offset);
+  for (int64_t i = 0; i < array.size(axis); ++i) {
+    each_offset(array, axis + 1, offset + i * array.stride(axis), visit);
+  }
+}
+
+}  // namespace
+
 int64_t elements(const Sizes& sizes) {
   int64_t count = 1;
   for (const int64_t size : sizes) count *= size;
@@ -33,17 +44,6 @@ Sizes contiguous_strides(const Sizes& sizes) {
   for (size_t axis = sizes.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * sizes[axis];
   return strides;
 }
-
-// visit(offset) for every element in order, offset in elements.
-template <class F>
-void each_offset(const Array& array, int64_t axis, int64_t offset, const F& visit) {
-  if (axis == array.dim()) return visit(offset);
-  for (int64_t i = 0; i < array.size(axis); ++i) {
-    each_offset(array, axis + 1, offset + i * array.stride(axis), visit);
-  }
-}
-
-}  // namespace
 
 DType factor_type(Scalar scalar) {
   switch (scalar) {

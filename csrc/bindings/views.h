@@ -12,6 +12,11 @@ namespace fedlora {
 
 DType factor_type(Scalar scalar);
 
+int64_t elements(const Sizes& sizes);
+Sizes contiguous_strides(const Sizes& sizes);
+bool is_contiguous(const Array& array);
+bool last_is_contiguous(const Array& array);
+
 // An array with a contiguous last dimension, or as a `whole`: itself, or a copy that lives as long
 // as this object.
 class Rows {

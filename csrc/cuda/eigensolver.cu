@@ -1,0 +1,181 @@
+// Formula and choice of solver: eigensolver.h.
+//
+// Layout     matrices column-major, column c of module l at (l R + c) R; everything float64.
+// Shared     G [n, n], diagonal, partial sums (R <= 167 of 227 KB); G stays in global memory (L2)
+//            where it does not fit.
+// Scaling    M is divided by a power of four near max(trace, terms): squares of inner products
+//            neither overflow nor vanish, and square roots are exact to undo.
+#include <algorithm>
+#include <limits>
+
+#include "cholesky.cuh"
+#include "eigensolver.h"
+#include "eigensolver_jacobi.h"
+#include "eigensolver_vendor.h"
+
+namespace fedlora::cuda {
+namespace {
+
+constexpr double kEps = std::numeric_limits<double>::epsilon();
+constexpr double kShift = 4;  // rounding of M was seen to reach 0.4 R eps of the larger of both
+constexpr int kFactorThreads = 512;
+constexpr int kLeastExponent = -1020;  // 2^1020 is still finite
+
+ShiftedFactor shifted_in(const Eigenproblem& problem) {
+  auto* shift = static_cast<double*>(problem.workspace);
+  auto* exponent = reinterpret_cast<int*>(shift + problem.modules);
+  return {shift, exponent, exponent + problem.modules};
+}
+
+size_t state_bytes(int64_t modules) {
+  const size_t bytes = static_cast<size_t>(modules) * (sizeof(double) + 2 * sizeof(int));
+  return (bytes + 255) / 256 * 256;
+}
+
+size_t factor_shared(int64_t rank, bool whole) {
+  const size_t rows = (static_cast<size_t>(rank) + 31) / 32 * 32;
+  const size_t partial = std::max<size_t>(kFactorThreads, rows);
+  const size_t factor = whole ? static_cast<size_t>(rank * rank) : 0;
+  return (factor + static_cast<size_t>(rank) + partial) * sizeof(double);
+}
+
+// Trace, scale and shift of one module's M, the same in every thread; false where M is not finite.
+struct Prepared {
+  double trace;
+  double scale;
+  double shift;
+  int exponent;
+  bool finite;
+};
+
+__device__ Prepared prepare(int rank, int size, const double* matrix, double terms, double noise) {
+  const auto stride = static_cast<int64_t>(rank) + 1;
+  Prepared result{};
+  result.trace = warp_sum(size, [&](int i) { return matrix[i * stride]; });
+  const double largest = fmax(result.trace, terms);
+  result.finite = isfinite(result.trace + terms) != 0;
+  if (!result.finite || largest <= 0) return result;
+  const int exponent = ilogb(largest) / 2 * 2;
+  result.exponent = exponent < kLeastExponent ? kLeastExponent : exponent;
+  result.scale = ldexp(1.0, -result.exponent);
+  const double share = kShift * fmax(rank * kEps, noise);
+  result.shift = share * largest * result.scale;
+  return result;
+}
+
+// G of M + t I, in global memory; one block a module.
+__global__ void __launch_bounds__(kFactorThreads, 1)
+    factor_shifted(Eigenproblem problem, ShiftedFactor shifted, bool whole) {
+  const int module = static_cast<int>(blockIdx.x);
+  const int rank = static_cast<int>(problem.rank);
+  const int size = problem.sizes[module];
+  const int64_t square = problem.rank * problem.rank;
+  const double* matrix = problem.matrix + module * square;
+  double* factor = problem.factor + module * square;
+  double* diagonal = shared_memory<double>();
+  double* partial = diagonal + rank;
+  const int rows = (rank + 31) / 32 * 32;
+  double* l = whole ? partial + (rows > kFactorThreads ? rows : kFactorThreads) : factor;
+
+  const Prepared found = prepare(rank, size, matrix, problem.terms[module], problem.noise);
+  const int n = found.finite && found.scale > 0 ? size : 0;
+  const int64_t step = problem.rank + 1;
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
+    diagonal[i] = matrix[i * step] * found.scale + found.shift;
+  }
+  __syncthreads();
+  // A block of its own takes the columns as they lie, so leading dimensions may differ.
+  const int ld = whole ? n : rank;
+  const int columns = pivoted_cholesky(
+      n, l, ld, diagonal, partial, 0,
+      [&](int q, int i) { return matrix[static_cast<int64_t>(q) * rank + i] * found.scale; },
+      [&](int j, int i, double value) { factor[static_cast<int64_t>(j) * rank + i] = value; },
+      [](int, int) {});
+  if (threadIdx.x == 0) {
+    problem.total_energy[module] = found.finite ? found.trace : nan("");
+    problem.info[module] = found.finite ? 0 : 1;
+    shifted.shift[module] = found.shift;
+    shifted.exponent[module] = found.exponent;
+    shifted.columns[module] = columns;
+  }
+}
+
+// What the vendor's solver is given: M where it is finite, else zeros.
+__global__ void __launch_bounds__(kFactorThreads, 1) check_finite(Eigenproblem problem) {
+  const int module = static_cast<int>(blockIdx.x);
+  const int64_t square = problem.rank * problem.rank;
+  double* matrix = problem.matrix + module * square;
+  const Prepared found = prepare(static_cast<int>(problem.rank), problem.sizes[module], matrix,
+                                 problem.terms[module], problem.noise);
+  if (threadIdx.x == 0) {
+    problem.total_energy[module] = found.finite ? found.trace : nan("");
+    problem.info[module] = found.finite ? 0 : 1;
+  }
+  __syncthreads();
+  if (found.finite) return;
+  for (int64_t i = threadIdx.x; i < square; i += blockDim.x) matrix[i] = 0;
+}
+
+// Eigenvalues ascending in sigma, vectors in the columns of matrix: turned round in place, and the
+// negligible ones to zero.
+__global__ void __launch_bounds__(kFactorThreads, 1)
+    descending(Eigenproblem problem, const int* info) {
+  const int module = static_cast<int>(blockIdx.x);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(blockDim.x);
+  const int64_t rank = problem.rank;
+  double* matrix = problem.matrix + module * rank * rank;
+  double* values = problem.sigma + module * rank;
+  const double largest = fmax(values[rank - 1], problem.terms[module]);
+  const double floor = static_cast<double>(rank) * kEps * largest;
+  const bool converged = info[module] == 0;
+  __syncthreads();
+  for (int64_t place = thread; place < rank / 2 * rank; place += threads) {
+    const int64_t other = (rank - 1 - place / rank) * rank + place % rank;
+    const double value = matrix[place];
+    matrix[place] = matrix[other];
+    matrix[other] = value;
+  }
+  for (int64_t i = thread; i < (rank + 1) / 2; i += threads) {
+    const double low = values[i];
+    const double high = values[rank - 1 - i];
+    values[i] = converged && high > floor ? sqrt(high) : 0;
+    if (i != rank - 1 - i) values[rank - 1 - i] = converged && low > floor ? sqrt(low) : 0;
+  }
+  __syncthreads();
+  if (thread == 0) {
+    int count = 0;
+    while (count < rank && values[count] > 0) ++count;
+    problem.count[module] = count;
+    if (!converged) problem.info[module] = 1;
+  }
+}
+
+void solve_by_vendor(const Eigenproblem& problem, Stream stream) {
+  const auto modules = static_cast<unsigned>(problem.modules);
+  auto* info = static_cast<int*>(problem.workspace);
+  launch(check_finite, dim3(modules), kFactorThreads, 0, stream, problem);
+  vendor::symmetric_eigen(problem.modules, problem.rank, problem.matrix, problem.sigma, info,
+                          static_cast<char*>(problem.workspace) + state_bytes(problem.modules),
+                          stream);
+  launch(descending, dim3(modules), kFactorThreads, 0, stream, problem, info);
+}
+
+}  // namespace
+
+size_t eigensolver_workspace(int64_t modules, int64_t rank) {
+  const size_t vendor =
+      jacobi_blocks(rank) == 0 ? vendor::symmetric_eigen_workspace(modules, rank) : size_t{0};
+  return state_bytes(modules) + vendor;
+}
+
+void solve_eigenproblem(const Eigenproblem& problem, Stream stream) {
+  const int64_t rank = problem.rank;
+  if (jacobi_blocks(rank) == 0) return solve_by_vendor(problem, stream);
+  const bool whole = factor_shared(rank, true) <= device().shared_per_block;
+  launch(factor_shifted, dim3(static_cast<unsigned>(problem.modules)), kFactorThreads,
+         factor_shared(rank, whole), stream, problem, shifted_in(problem), whole);
+  rotate_columns(problem, shifted_in(problem), stream);
+}
+
+}  // namespace fedlora::cuda

@@ -1,0 +1,155 @@
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "eigensolver_vendor.h"
+
+#ifdef __CUDACC__
+#include <dlfcn.h>
+
+#include <map>
+#include <vector>
+#else
+#include "core/lapack.h"
+#endif
+
+namespace fedlora::cuda::vendor {
+
+#ifdef __CUDACC__
+namespace {
+
+// cuSOLVER's types and constants as its ABI has them.
+using Handle = void*;
+using Parameters = void*;
+constexpr int kVectors = 1;
+constexpr int kLower = 0;
+constexpr int kDouble = 1;
+
+struct Functions {
+  int (*create)(Handle*);
+  int (*create_parameters)(Parameters*);
+  int (*set_stream)(Handle, cudaStream_t);
+  int (*size)(Handle, Parameters, int, int, int64_t, int, const void*, int64_t, int, const void*,
+              int, size_t*, size_t*, int64_t);
+  int (*solve)(Handle, Parameters, int, int, int64_t, int, void*, int64_t, int, void*, int, void*,
+               size_t, void*, size_t, int*, int64_t);
+};
+
+template <class F>
+void find(void* library, const char* name, F*& function) {
+  function = reinterpret_cast<F*>(dlsym(library, name));
+  if (function != nullptr) return;
+  throw std::runtime_error(std::string("cuSOLVER has no ") + name +
+                           ": stacked ranks of this size need CUDA 12.6.2 or later");
+}
+
+Functions load() {
+  void* library = nullptr;
+  for (const char* name : {"libcusolver.so.12", "libcusolver.so.11", "libcusolver.so"}) {
+    library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    if (library != nullptr) break;
+  }
+  if (library == nullptr) {
+    throw std::runtime_error("libcusolver was not found: stacked ranks of this size need it");
+  }
+  Functions found = {};
+  find(library, "cusolverDnCreate", found.create);
+  find(library, "cusolverDnCreateParams", found.create_parameters);
+  find(library, "cusolverDnSetStream", found.set_stream);
+  find(library, "cusolverDnXsyevBatched_bufferSize", found.size);
+  find(library, "cusolverDnXsyevBatched", found.solve);
+  return found;
+}
+
+const Functions& functions() {
+  static const Functions found = load();
+  return found;
+}
+
+void expect(int status, const char* call) {
+  if (status == 0) return;
+  throw std::runtime_error(std::string(call) + " failed with status " + std::to_string(status));
+}
+
+// One per thread and device, kept: to make one takes milliseconds.
+struct Context {
+  Handle handle = nullptr;
+  Parameters parameters = nullptr;
+};
+
+Context& context() {
+  thread_local std::map<int, Context> contexts;
+  int index = 0;
+  check(cudaGetDevice(&index));
+  Context& found = contexts[index];
+  if (found.handle == nullptr) expect(functions().create(&found.handle), "cusolverDnCreate");
+  if (found.parameters == nullptr) {
+    expect(functions().create_parameters(&found.parameters), "cusolverDnCreateParams");
+  }
+  return found;
+}
+
+struct Bytes {
+  size_t device;
+  size_t host;
+};
+
+Bytes bytes_for(int64_t modules, int64_t n) {
+  const Context& own = context();
+  Bytes bytes = {};
+  expect(functions().size(own.handle, own.parameters, kVectors, kLower, n, kDouble, nullptr, n,
+                          kDouble, nullptr, kDouble, &bytes.device, &bytes.host, modules),
+         "cusolverDnXsyevBatched_bufferSize");
+  return bytes;
+}
+
+// n lda batch must not exceed the largest int.
+int64_t most_modules(int64_t n) {
+  return std::max<int64_t>(std::numeric_limits<int>::max() / (n * n), 1);
+}
+
+}  // namespace
+
+size_t symmetric_eigen_workspace(int64_t modules, int64_t n) {
+  return bytes_for(std::min(modules, most_modules(n)), n).device;
+}
+
+void symmetric_eigen(int64_t modules, int64_t n, double* matrices, double* values, int* info,
+                     void* workspace, Stream stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &capture));
+  if (capture != cudaStreamCaptureStatusNone) {
+    throw std::runtime_error("a stacked rank of " + std::to_string(n) +
+                             " needs cuSOLVER, which cannot be captured into a CUDA graph");
+  }
+  const Context& own = context();
+  expect(functions().set_stream(own.handle, stream), "cusolverDnSetStream");
+  for (int64_t first = 0; first < modules; first += most_modules(n)) {
+    const int64_t batch = std::min(most_modules(n), modules - first);
+    const Bytes bytes = bytes_for(batch, n);
+    // What lies there before may come out as wrong eigenvectors (11.7.1).
+    check(cudaMemsetAsync(workspace, 0, bytes.device, stream));
+    std::vector<char> host(bytes.host);
+    expect(functions().solve(own.handle, own.parameters, kVectors, kLower, n, kDouble,
+                             matrices + first * n * n, n, kDouble, values + first * n, kDouble,
+                             workspace, bytes.device, host.data(), bytes.host, info + first, batch),
+           "cusolverDnXsyevBatched");
+  }
+}
+
+#else
+
+size_t symmetric_eigen_workspace(int64_t, int64_t) { return 0; }
+
+void symmetric_eigen(int64_t modules, int64_t n, double* matrices, double* values, int* info, void*,
+                     Stream) {
+  for (int64_t module = 0; module < modules; ++module) {
+    info[module] =
+        lapack::symmetric_eigen(n, matrices + module * n * n, values + module * n) ? 0 : 1;
+  }
+}
+
+#endif
+
+}  // namespace fedlora::cuda::vendor
