@@ -190,6 +190,7 @@ class Adapter:
                 extras[key] = tensor
         if not pairs and not vectors:
             raise AdapterError(f"{who}: {WEIGHTS_FILE} holds no LoRA factors and no VeRA vectors")
+        _refuse_non_finite(who, tensors)
         factors = {
             module: _factors(who, module, sides, config, module in embeddings)
             for module, sides in sorted(pairs.items())
@@ -294,8 +295,17 @@ def _refuse_tensor(who: str, key: str, tensor: Tensor) -> None:
             f"{who}: {key}: lora_bias adds a bias that is no part of B A, which no pair of factors "
             "represents"
         )
-    # The sum is NaN or Inf whenever an entry is; only then (or on overflow) look at each entry.
-    if tensor.is_floating_point() and not bool(tensor.sum().isfinite()):
+
+
+def _refuse_non_finite(who: str, tensors: Mapping[str, Tensor]) -> None:
+    """A sum is NaN or Inf whenever an entry is; only then (or on overflow) look at each entry."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            sums.setdefault(tensor.device, []).append(tensor.sum())
+    if all(bool(torch.stack(found).isfinite().all()) for found in sums.values()):
+        return
+    for key, tensor in tensors.items():
         bad = int((~tensor.isfinite()).sum())
         if bad:
             module = key.removeprefix(PREFIX)

@@ -1,10 +1,12 @@
 """Finding and loading what was compiled: torch's kernels, the numpy module, and OpenBLAS for both.
 
 The libraries lie beside the compiled numpy module: in this package's folder, or in site-packages
-when an editable installation keeps the sources elsewhere.
+when an editable installation keeps the sources elsewhere. ``FEDLORA_LIBRARIES`` names a folder that
+is searched first, for libraries that were built elsewhere.
 """
 
 import ctypes
+import os
 import re
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -14,10 +16,10 @@ from pathlib import Path
 _TORCH = (2, 10)  # the first with the stable ABI the kernels are built on
 
 
-def missing() -> str:
-    """Why the compiled CPU kernels cannot be loaded here, or nothing."""
-    if library("fedlora_cpu") is None:
-        return "libfedlora_cpu.so was not built with this installation"
+def missing(name: str) -> str:
+    """Why a library of compiled kernels cannot be loaded here, or nothing."""
+    if library(name) is None:
+        return f"lib{name}.so was not built with this installation"
     if find_spec("scipy_openblas64") is None:
         return "scipy-openblas64 is not installed"
     try:
@@ -33,6 +35,8 @@ def library(name: str) -> Path | None:
     """The file of a compiled library, where this installation has it."""
     module = find_spec("fedlora_kernels._numpy")
     folders = [Path(__file__).parent]
+    if elsewhere := os.environ.get("FEDLORA_LIBRARIES"):
+        folders.insert(0, Path(elsewhere))
     if module is not None and module.origin is not None:
         folders.append(Path(module.origin).parent)
     return next((path for folder in folders if (path := folder / f"lib{name}.so").is_file()), None)

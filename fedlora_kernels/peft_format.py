@@ -7,7 +7,7 @@ layers' ``scaling``) so that an adapter reloads with exactly the update it had.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -169,7 +169,8 @@ def result_config(
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     names = sorted(ranks)
-    keys = {module: _key(module, names) for module in names}
+    lines = "\n".join(names)
+    keys = {module: _key(module, lines) for module in names}
     config = {**start}
     config.update(
         r=rank,
@@ -197,17 +198,27 @@ def _tidy(alpha: float) -> float | int:
     return nearest if abs(alpha - nearest) <= 1e-9 * max(1.0, abs(alpha)) else alpha
 
 
-def _key(module: str, names: Iterable[str]) -> str:
-    """A pattern that PEFT matches with this module alone: its name, escaped where needed."""
-    matched = [name for name in names if _matches(module, name)]
+def _key(module: str, names: str) -> str:
+    """A pattern that PEFT matches with this module alone, among names of one line each: the name
+    itself, escaped where needed.
+    """
+    try:
+        matched = [found[0] for found in re.finditer(_whole(module), names, re.MULTILINE)]
+    except re.error:
+        matched = []
     return module if matched == [module] else "^" + re.escape(module)
 
 
 def _matches(pattern: str, module: str) -> bool:
     try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+        return re.match(_whole(pattern), module) is not None
     except re.error:
         return False
+
+
+def _whole(pattern: str) -> str:
+    """What PEFT makes of a pattern: the module's name, or what follows one of its dots."""
+    return rf"^(?:.*\.)?(?:{pattern})$"
 
 
 def headless(config: Config) -> Config:

@@ -16,8 +16,13 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WIDE_RANGE = (torch.float64, torch.float32, torch.bfloat16)
 """Dtypes with at least the exponents of float32, for families that float16 cannot hold."""
 
+ON_THE_CPU = ("cpu", "cuda-emulated")
+"""Backends whose operators take the CPU's tensors, also where there is a GPU."""
+
 DEVICE = torch.device(
-    "cuda" if torch.cuda.is_available() and os.environ.get("FEDLORA_BACKEND") != "cpu" else "cpu"
+    "cuda"
+    if torch.cuda.is_available() and os.environ.get("FEDLORA_BACKEND") not in ON_THE_CPU
+    else "cpu"
 )
 """Where the operators under test get their inputs; batches and references stay on the CPU."""
 

@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 
 import fedlora_kernels as flk
+from fedlora_kernels import native
 
 
-def run(code: str, backend: str | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str, backend: str | None = None, libraries: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "FEDLORA_BACKEND"}
     if backend is not None:
         environment["FEDLORA_BACKEND"] = backend
+    if libraries is not None:
+        environment["FEDLORA_LIBRARIES"] = str(libraries)
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
@@ -43,16 +48,20 @@ print(json.dumps([flk.backend(), errors]))
 """
 
 
+EMULATED = native.library("fedlora_cuda_emulated") is not None
+
+
 def test_forced_backends_serve_and_agree() -> None:
     results = {}
-    for name in ("composed", "reference"):
+    for name in ("composed", "reference", *(["cuda-emulated"] if EMULATED else [])):
         done = run(ERRORS, name)
         assert done.returncode == 0, done.stderr
         served, results[name] = json.loads(done.stdout)
         assert served == name
-    for rule, error in results["composed"].items():
-        room = 1e-3 if rule == "flora_na" else 1e-7  # two solvers stop at different distances
-        assert abs(error - results["reference"][rule]) <= room, rule
+    for name, errors in results.items():
+        for rule, error in errors.items():
+            room = 1e-3 if rule == "flora_na" else 1e-7  # two solvers stop at different distances
+            assert abs(error - results["reference"][rule]) <= room, (name, rule)
 
 
 def test_nonsense_raises_with_what_can_serve() -> None:
@@ -70,6 +79,51 @@ def test_backends_are_described() -> None:
     assert all(item.reason for item in flk.backends())
     names = [item.name for item in flk.backends()]
     assert len(names) == len(set(names))
+
+
+STATE = """
+import fedlora_kernels as flk
+from pathlib import Path
+
+print(flk.backend())
+print("libfedlora_cuda" in Path("/proc/self/maps").read_text())
+print({item.name: item.serves for item in flk.backends()}["cuda-emulated"])
+"""
+
+
+def test_the_emulated_backend_is_never_chosen_by_itself(tmp_path: Path) -> None:
+    """It is there, were it forced; nothing of it is loaded until then."""
+    (tmp_path / "libfedlora_cuda_emulated.so").write_text("no library")
+    done = run(STATE, libraries=tmp_path)
+    assert done.returncode == 0, done.stderr
+    chosen, loaded, serves = done.stdout.splitlines()
+    assert chosen != "cuda-emulated"
+    assert (loaded, serves) == ("False", "True")
+
+
+def test_libraries_built_elsewhere_are_found_first(tmp_path: Path) -> None:
+    """A broken one there hides any other, and a forced backend then says what the linker said."""
+    library = tmp_path / "libfedlora_cuda_emulated.so"
+    library.write_text("no library")
+    done = run("import fedlora_kernels", "cuda-emulated", tmp_path)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "RuntimeError: FEDLORA_BACKEND=cuda-emulated cannot serve "
+        "(libfedlora_cuda_emulated.so does not load: "
+    )
+    assert str(library) in last
+
+
+def test_cuda_without_its_library_cannot_be_forced(tmp_path: Path) -> None:
+    (tmp_path / "libfedlora_cuda.so").write_text("no library")
+    done = run("import fedlora_kernels", "cuda", tmp_path)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: FEDLORA_BACKEND=cuda cannot serve (")
+    # Without a GPU it is not even loaded.
+    assert "torch finds no NVIDIA GPU" in last or "libfedlora_cuda.so does not load" in last
+    assert "composed" in last.partition("these can: ")[2]
 
 
 WITHOUT_TORCH = """

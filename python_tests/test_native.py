@@ -49,7 +49,7 @@ class Elf:
 def compiled(name: str) -> Path:
     """A compiled file of this installation, wherever an editable one keeps it."""
     library = native.library("fedlora_cpu")
-    assert library is not None, native.missing()
+    assert library is not None, native.missing("fedlora_cpu")
     return library.parent / name
 
 
@@ -118,7 +118,8 @@ with_kernel = [name for name in flk.ops.__all__ if has(f"fedlora::{name}", "CPU"
 print(flk.backend())
 print(len(with_kernel), len(flk.ops.__all__))
 print("libfedlora_cpu.so" in Path("/proc/self/maps").read_text())
-print(flk.backends()[0].serves, flk.backends()[0].reason)
+cpu = next(item for item in flk.backends() if item.name == "cpu")
+print(cpu.serves, cpu.reason)
 """
 
 
@@ -168,7 +169,8 @@ def test_kernels_of_other_keys_are_not_registered() -> None:
     for name in OPERATORS:
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         assert has(f"fedlora::{name}", "CompositeExplicitAutograd")
-        assert not has(f"fedlora::{name}", "CUDA")
+        if flk.backend() != "triton":  # serves a GPU's streaming stages alone
+            assert has(f"fedlora::{name}", "CUDA") == (flk.backend() == "cuda")
 
 
 # what happens without
@@ -227,7 +229,7 @@ def test_openblas_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if name == "scipy_openblas64" else find_spec(name)
 
     monkeypatch.setattr(native, "find_spec", hidden)
-    assert native.missing() == "scipy-openblas64 is not installed"
+    assert native.missing("fedlora_cpu") == "scipy-openblas64 is not installed"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_openblas_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_versions_of_torch(version: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "version", lambda name: version)
-    assert native.missing() == reason
+    assert native.missing("fedlora_cpu") == reason
 
 
 def test_torch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +253,7 @@ def test_torch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise native.PackageNotFoundError(name)
 
     monkeypatch.setattr(native, "version", missing)
-    assert native.missing() == "torch is not installed"
+    assert native.missing("fedlora_cpu") == "torch is not installed"
 
 
 def test_a_library_that_nobody_built() -> None:

@@ -91,9 +91,9 @@ def test_every_source_of_the_package_is_in_it(contents: dict[str, bytes]) -> Non
     sources = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "fedlora_kernels").rglob("*")
-        if path.suffix in (".py", ".pyi")
+        if path.suffix in (".py", ".pyi", ".json")
     }
-    packed = {name for name in contents if name.endswith((".py", ".pyi"))}
+    packed = {name for name in contents if name.endswith((".py", ".pyi", ".json"))}
     assert {name for name in packed if name.startswith("fedlora_kernels/")} == sources
 
 
@@ -102,7 +102,7 @@ def test_nothing_else_is_in_it(contents: dict[str, bytes]) -> None:
     info = f"fedlora_kernels-{flk.__version__}.dist-info"
     assert {name.partition("/")[0] for name in contents} == {"fedlora_kernels", info}
     kinds = {Path(name).suffix for name in contents if name.startswith("fedlora_kernels/")}
-    assert kinds == {".py", ".pyi", ".so", ".typed"}
+    assert kinds == {".json", ".py", ".pyi", ".so", ".typed"}
     assert f"{info}/licenses/LICENSE" in contents
 
 

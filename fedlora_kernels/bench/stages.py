@@ -285,7 +285,7 @@ def surrogate(stacks: Stacks, steps: int = ADAM_STEPS) -> Comparison:
                 lambda: ops.surrogate(ops.gram(b, False), ops.gram(a, True), weights, scalings),
                 checks,
                 work,
-                facts=facts,
+                facts=lambda found: {**facts(found), "sweeps": sweeps(found[2])},
             ),
             solve(stacks),
             Variant(
@@ -319,6 +319,12 @@ def solve(stacks: Stacks) -> Variant:
         roofline.surrogate(case.modules, case.clients, case.ranks[0]),
         note="Gram matrices given",
     )
+
+
+def sweeps(objective: Tensor) -> list[int]:
+    """Sweeps until a module's objective, [L, max_sweeps + 1], stands: the least and the most."""
+    taken = (objective != objective[:, -1:]).sum(1)
+    return [int(taken.min()), int(taken.max())]
 
 
 def shortfall(stacks: Stacks, p: Tensor, q: Tensor) -> Tensor:

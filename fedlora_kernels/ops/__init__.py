@@ -6,6 +6,8 @@ Every operator takes a whole batch of L modules of one shape. The faces raise Va
 TypeError on bad arguments; the raw operators raise RuntimeError with the same text.
 """
 
+from fedlora_kernels import triton
+from fedlora_kernels.backend import backend
 from fedlora_kernels.ops.combine import combine, combine_list
 from fedlora_kernels.ops.flora_na import flora_na, flora_na_list
 from fedlora_kernels.ops.gram import gram, gram_list
@@ -14,6 +16,9 @@ from fedlora_kernels.ops.spectrum import spectrum
 from fedlora_kernels.ops.stacked_svd import stacked_svd, stacked_svd_list
 from fedlora_kernels.ops.surrogate import surrogate
 from fedlora_kernels.ops.weighted_sum import weighted_sum, weighted_sum_list
+
+if backend() == "triton":
+    triton.register()
 
 __all__ = [
     "combine",

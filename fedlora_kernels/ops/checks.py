@@ -113,13 +113,14 @@ def factor_list(name: str, tensors: Sequence[Tensor], modules: int) -> None:
         raise TypeError(
             f"{name} must be bfloat16, float16, float32 or float64, found {tensors[0].dtype}"
         )
+    dtype, shapes = tensors[0].dtype, [tensor.shape for tensor in tensors[:clients]]
     for index, tensor in enumerate(tensors):
-        first = tensors[index % clients]
         if tensor.dim() != 2:
             raise ValueError(f"{name}[{index}] must be a matrix, found shape {shape(tensor)}")
-        if tensor.dtype != tensors[0].dtype:
-            raise TypeError(f"{name}[{index}] must be {tensors[0].dtype}, found {tensor.dtype}")
-        sizes(f"{name}[{index}]", tensor, first.shape)
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}[{index}] must be {dtype}, found {tensor.dtype}")
+        if tensor.shape != shapes[index % clients]:
+            sizes(f"{name}[{index}]", tensor, shapes[index % clients])
 
 
 def list_pair(b: Sequence[Tensor], a: Sequence[Tensor], modules: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from fedlora_kernels.backend import backend
 
 _library = torch.library.Library("fedlora", "DEF")
+_checks: dict[str, Callable[..., None]] = {}
 
 
 def declare(
@@ -37,8 +38,17 @@ def declare(
     kernel = composed
     if backend() == "reference" and not name.endswith("_list"):
         kernel = getattr(import_module("fedlora_kernels.reference"), name)
+    _checks[name] = check
+    _library.define(schema)
+    implement(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fedlora::{name}", fake, lib=_library)
 
-    @wraps(composed)
+
+def implement(name: str, kernel: Callable[..., Any], key: str) -> None:
+    """Put ``kernel`` behind ``fedlora::<name>`` for a dispatch key, with the operator's checks."""
+    check = _checks[name]
+
+    @wraps(kernel)
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
             check(*args, **kwargs)
@@ -46,6 +56,4 @@ def declare(
             raise RuntimeError(f"fedlora::{name}: {error}") from error
         return kernel(*args, **kwargs)
 
-    _library.define(schema)
-    _library.impl(name, checked, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fedlora::{name}", fake, lib=_library)
+    _library.impl(name, checked, key)

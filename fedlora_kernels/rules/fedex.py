@@ -34,7 +34,7 @@ def solve(grams: Sequence[Grams], *, residual_rank: int | None = None) -> list[S
 
 
 def _residual(grams: Grams, averages: Mixture, rank: int | None) -> Product:
-    gap = torch.diag_embed(grams.scale) - averages.product
+    gap = torch.diag_embed(grams.scale) - averages.x @ averages.y
     identity = torch.eye(gap.shape[1], dtype=gap.dtype, device=gap.device).expand_as(gap)
     if rank is None:
         full = torch.full((gap.shape[0],), gap.shape[1], device=gap.device)

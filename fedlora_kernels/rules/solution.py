@@ -1,7 +1,7 @@
 """What a rule returns: the coefficients X, Y of ``B_g = B X`` and ``A_g = Y A``, in three forms.
 
-Each form knows its dense X and Y (for the error, in R x R) and how to make the factors from a
-batch with the operator that reads the data once.
+Each form knows X and Y, scaling included (for the error, in Gram space), and how to make the
+factors from a batch with the operator that reads the data once.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,12 @@ class Coefficients(Protocol):
         """[L] float64."""
 
     @property
-    def product(self) -> Tensor:
-        """scaling * X Y, [L,R,R]."""
+    def x(self) -> Tensor:
+        """scaling * X, [L,R,p]."""
+
+    @property
+    def y(self) -> Tensor:
+        """Y, [L,p,R]."""
 
     def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """B_g [L,m,p] and A_g [L,p,n] in the batch's dtype."""
@@ -47,11 +51,6 @@ class Product:
     def scaling(self) -> Tensor:
         """1: the scalings are inside X and Y."""
         return torch.ones_like(self.ranks, dtype=torch.float64)
-
-    @property
-    def product(self) -> Tensor:
-        """X Y."""
-        return self.x @ self.y
 
     def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """combine."""
@@ -76,10 +75,18 @@ class Mixture:
         return torch.full_like(self.scaling, self.rank, dtype=torch.int64)
 
     @property
-    def product(self) -> Tensor:
-        """scaling * (q p^T kron I_r)."""
-        mixing = self.scaling[:, None, None] * self.q[:, :, None] * self.p[:, None, :]
-        return torch.kron(mixing, torch.eye(self.rank, dtype=mixing.dtype, device=mixing.device))
+    def x(self) -> Tensor:
+        """scaling * q kron I_r: [L,R,r]."""
+        return torch.kron((self.scaling[:, None] * self.q)[:, :, None], self._identity)
+
+    @property
+    def y(self) -> Tensor:
+        """p^T kron I_r: [L,r,R]."""
+        return torch.kron(self.p[:, None, :], self._identity)
+
+    @property
+    def _identity(self) -> Tensor:
+        return torch.eye(self.rank, dtype=self.q.dtype, device=self.q.device)
 
     def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """weighted_sum."""
@@ -106,7 +113,12 @@ class Stacked:
         return torch.ones_like(self.scale[:, 0])
 
     @property
-    def product(self) -> Tensor:
+    def x(self) -> Tensor:
+        """I."""
+        return torch.diag_embed(torch.ones_like(self.scale))
+
+    @property
+    def y(self) -> Tensor:
         """D."""
         return torch.diag_embed(self.scale)
 
@@ -126,11 +138,10 @@ class Solution:
     """energy -> ranks [L], when the rule was asked for a whole curve"""
 
     @property
-    def product(self) -> Tensor:
-        """Coefficients [L,R,R] of the whole update, residual included."""
-        if self.residual is None:
-            return self.adapter.product
-        return self.adapter.product + self.residual.product
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """X [L,R,p] and Y [L,p,R] of the whole update B X Y A, residual included."""
+        parts = [self.adapter] if self.residual is None else [self.adapter, self.residual]
+        return torch.cat([part.x for part in parts], 2), torch.cat([part.y for part in parts], 1)
 
     @property
     def ranks(self) -> Tensor:
