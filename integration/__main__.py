@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,18 @@ import click
 import typer
 from rich.console import Console
 
+import fedlora_kernels as flk
 from integration.compare import choose
 from integration.compare import compare as compare_rules
+from integration.flags import lists, with_settings
+from integration.flower import launch as flower
+from integration.lm_eval import evaluate as lm_eval
+from integration.plan import plan, show
+from integration.pretrain import RECIPES, pretrain, recipe
 from integration.report import write_report
-from integration.settings import SettingsError, from_preset
+from integration.settings import Settings, SettingsError, from_preset
 from integration.tasks import TaskError
+from integration.tiny import tiny as in_miniature
 
 app = typer.Typer(
     add_completion=False,
@@ -26,87 +34,164 @@ app = typer.Typer(
 
 Preset = Annotated[str, typer.Option(help="A name in integration/presets, or a .toml file.")]
 Out = Annotated[Path, typer.Option(help="Folder for the run's files.")]
-Rounds = Annotated[int | None, typer.Option(help="Rounds of every rule.")]
-Clients = Annotated[int | None, typer.Option(help="Number of clients.")]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps per client and round.")]
-Alpha = Annotated[float | None, typer.Option(help="Dirichlet concentration; small is uneven.")]
-Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
-Ranks = Annotated[str | None, typer.Option(help="One rank for all, or one per client: 8,8,4,4.")]
-After = Annotated[
-    str | None, typer.Option(help="continue or merge; without it, each rule's own way.")
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on after the last finished round of this folder.")
 ]
-Energy = Annotated[float | None, typer.Option(help="Energy that FLoRIST keeps, in (0, 1].")]
-TrainSize = Annotated[int | None, typer.Option(help="At most so many training examples.")]
-TestSize = Annotated[int | None, typer.Option(help="Examples in the test split.")]
+Engine = Annotated[str, typer.Option(help="Where the clients train: local, or flower (its nodes).")]
+SuperLink = Annotated[
+    str | None,
+    typer.Option(help="With flower: HOST:PORT of one that is up; else nodes are simulated."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only print what the run would hold, move and take.")
+]
+Tiny = Annotated[
+    bool, typer.Option("--tiny", help="In miniature: a random model, synthetic examples, seconds.")
+]
 
 
 @app.command()
+@with_settings
 def compare(
     preset: Preset = "quickstart",
     out: Out = Path("runs/compare"),
-    rules: Annotated[str | None, typer.Option(help="Rules, separated by commas.")] = None,
-    rounds: Rounds = None,
-    clients: Clients = None,
-    steps: Steps = None,
-    alpha: Alpha = None,
-    seed: Seed = None,
-    ranks: Ranks = None,
-    after: After = None,
-    energy: Energy = None,
-    train_size: TrainSize = None,
-    test_size: TestSize = None,
+    resume: Resume = False,
+    engine: Engine = "local",
+    superlink: SuperLink = None,
+    dry_run: DryRun = False,
+    tiny: Tiny = False,
+    **flags: Any,
 ) -> None:
     """Take several rules through the same rounds and compare them."""
-    flags = locals()
-    names = None if rules is None else tuple(name.strip() for name in rules.split(","))
-    _start(flags | {"rules": names})
+    _start(preset, out, resume, engine, superlink, dry_run, tiny, flags)
 
 
 @app.command()
+@with_settings
 def run(
-    rule: Annotated[str, typer.Option(help="The rule.")],
+    rule: Annotated[str | None, typer.Option(help="The rule; else the preset's.")] = None,
+    rules: Annotated[str | None, typer.Option(hidden=True)] = None,
     preset: Preset = "quickstart",
     out: Out = Path("runs/run"),
-    rounds: Rounds = None,
-    clients: Clients = None,
-    steps: Steps = None,
-    alpha: Alpha = None,
-    seed: Seed = None,
-    ranks: Ranks = None,
-    after: After = None,
-    energy: Energy = None,
-    train_size: TrainSize = None,
-    test_size: TestSize = None,
+    resume: Resume = False,
+    engine: Engine = "local",
+    superlink: SuperLink = None,
+    dry_run: DryRun = False,
+    tiny: Tiny = False,
+    **flags: Any,
 ) -> None:
-    """Take one rule through its rounds."""
-    flags = locals()
-    del flags["rule"]
-    _start(flags | {"rules": (rule,)})
+    """Take one rule, or the preset's, through its rounds; one rule's adapter is left in OUT."""
+    if rules is not None:
+        raise SettingsError("run takes one rule (--rule); compare takes several (--rules)")
+    _start(preset, out, resume, engine, superlink, dry_run, tiny, flags | {"rules": rule})
+
+
+@app.command("pretrain")
+def pretrain_command(
+    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    shape: Annotated[
+        str | None,
+        typer.Option(help="A name in integration/configs; llama-30m on a GPU, else llama-tiny."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in a step.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its highest.")] = None,
+    problems: Annotated[int | None, typer.Option(help="Different word problems.")] = None,
+    level: Annotated[int | None, typer.Option(help="Operations of one, at most.")] = None,
+    largest: Annotated[int | None, typer.Option(help="First number of one, at most.")] = None,
+    code: Annotated[float | None, typer.Option(help="Share of the library's texts.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides all randomness.")] = None,
+) -> None:
+    """Train a small Llama from scratch on generated text, and write a transformers folder."""
+    settings = recipe(
+        shape,
+        steps=steps,
+        batch_size=batch_size,
+        length=length,
+        learning_rate=learning_rate,
+        problems=problems,
+        level=level,
+        largest=largest,
+        code=code,
+        seed=seed,
+    )
+    pretrain(settings, out, Console())
+
+
+@app.command("lm-eval")
+def lm_eval_command(
+    out: Annotated[Path, typer.Option(help="Folder of an adapter that a run has left.")],
+    tasks: Annotated[str, typer.Option(help="The harness's tasks, separated by commas.")],
+    limit: Annotated[int | None, typer.Option(help="Examples per task.")] = None,
+) -> None:
+    """Evaluate a run's adapter with the language model evaluation harness."""
+    names = [name.strip() for name in tasks.split(",")]
+    Console().print_json(data=lm_eval(out, names, limit))
 
 
 @app.command()
-def report(out: Annotated[Path, typer.Option(help="Folder of an earlier run.")]) -> None:
-    """Write report.html again from the files of an earlier run."""
-    if not (out / "summary.json").is_file():
-        raise SettingsError(f"{out} has no summary.json; expected the folder of an earlier run")
-    Console().print(str(write_report(out)))
+def report(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Folders of earlier runs.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The report's folder, or .html file; without RUNS the run's folder."),
+    ] = None,
+) -> None:
+    """Write the report of one or several earlier runs again, from their files."""
+    folders = list(runs or ([] if out is None else [out]))
+    if not folders:
+        raise SettingsError("report needs the folder of an earlier run, or several")
+    target = out if runs else None
+    if target is None and len(folders) > 1:
+        raise SettingsError("the report of several runs needs --out")
+    if target is not None and target.suffix != ".html":
+        target = target / "report.html"
+    Console().print(str(write_report(*folders, out=target)))
 
 
-def _start(flags: dict[str, Any]) -> None:
-    """Settings from the flags, then the comparison."""
-    preset, out, ranks = flags.pop("preset"), flags.pop("out"), flags.pop("ranks")
-    try:
-        numbers = None if ranks is None else tuple(int(rank) for rank in ranks.split(","))
-    except ValueError:
-        raise SettingsError(f"ranks must be numbers such as 8,8,4,4, found {ranks!r}") from None
+def _start(
+    preset: str,
+    out: Path,
+    resume: bool,
+    engine: str,
+    superlink: str | None,
+    dry_run: bool,
+    tiny: bool,
+    flags: dict[str, Any],
+) -> None:
+    """Settings from the flags, then the plan, or the comparison, here or on Flower."""
+    if engine not in ("local", "flower"):
+        raise SettingsError(f"engine must be local or flower, found {engine!r}")
+    if superlink is not None and engine != "flower":
+        raise SettingsError("superlink needs --engine flower")
     if out.exists() and not out.is_dir():
         raise SettingsError(f"out must be a folder, found the file {out}")
-    settings = from_preset(preset, ranks=numbers, **flags)
+    settings = from_preset(preset, **lists(flags))
+    if tiny:
+        settings = in_miniature(settings, out)
     rules, left_out = choose(settings, explicit=flags["rules"] is not None)
     console = Console()
     for line in left_out:
         console.print(line)
-    compare_rules(settings, rules, out, console)
+    chosen = replace(settings, rules=tuple(rule.name for rule in rules))
+    if dry_run:
+        show(plan(chosen), console)
+        return
+    _pretrain_what_is_missing(settings, console)
+    if engine == "flower":
+        flower.run(chosen, out, resume=resume, superlink=superlink)
+    else:
+        compare_rules(settings, rules, out, console, resume=resume)
+
+
+def _pretrain_what_is_missing(settings: Settings, console: Console) -> None:
+    """Make the model of a preset that starts from one of ours, where it has not been made yet."""
+    folder = Path(settings.model)
+    ours = settings.init == "pretrained" and settings.config in RECIPES
+    if ours and not (folder / "config.json").is_file():
+        console.print(f"{folder} is not there yet: pretraining {settings.config}")
+        pretrain(recipe(settings.config), folder, console)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,6 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = error.format_message()
     except (SettingsError, TaskError) as error:
         message = str(error)
+    except flk.AdapterError as error:  # such as a client whose training has diverged
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except flower.RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (click.Abort, KeyboardInterrupt):
         return 130
     else:

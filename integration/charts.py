@@ -10,16 +10,19 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from integration.table import MISSING
 
 Rounds = Sequence[Mapping[str, Any]]
-"""The lines of metrics.jsonl of one rule."""
+"""The rounds of one rule: lines of metrics.jsonl, or their means over the seeds."""
 
 AT_FLOOR = "#0072B2"
 ABOVE_FLOOR = "#D55E00"
@@ -55,41 +58,54 @@ PANELS_PER_ROW = 4
 
 def colour(rounds: Rounds) -> str:
     """Blue for a rule whose error is its SVD floor in every round, vermilion for the others."""
-    at_floor = all(
-        entry["relative_error"] - entry["svd_floor"] < AT_FLOOR_WITHIN for entry in rounds
-    )
+    pairs = zip(_values(rounds, "relative_error"), _values(rounds, "svd_floor"), strict=True)
+    at_floor = all(error - floor < AT_FLOOR_WITHIN for error, floor in pairs)
     return AT_FLOOR if at_floor else ABOVE_FLOOR
 
 
-def accuracy(rules: Mapping[str, Rounds], start: float) -> str:
-    """Test accuracy over the rounds, a panel for each rule, the start as a dashed line."""
+def accuracy(rules: Mapping[str, Rounds], starts: Mapping[str, float]) -> str:
+    """Test accuracy over the rounds, a panel for each rule, the start as a dashed line.
+
+    Of several seeds the mean, between the worst and the best seed.
+    """
+    lines = {rule: _evaluated(rounds) for rule, rounds in rules.items()}
 
     def draw(axes: Axes, rule: str, place: int) -> None:
+        start, mine, ink = starts[rule], lines[rule], colour(rules[rule])
         axes.axhline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        for other in rules:
+            if other != rule:
+                numbers, values = zip((0, starts[other]), *lines[other], strict=True)
+                axes.plot(numbers, values, color=GREY, linewidth=0.9)
+        told = [entry for entry in rules[rule] if _told(entry)]
+        axes.fill_between(
+            [entry["round"] for entry in told],
+            [entry["lowest"] for entry in told],
+            [entry["highest"] for entry in told],
+            color=ink,
+            alpha=0.15,
+            linewidth=0,
+        )
+        numbers, values = zip((0, start), *mine, strict=True)
+        axes.plot(numbers, values, color=ink, linewidth=2.2, solid_capstyle="round")
+        if mine:
+            axes.plot(*mine[-1], "o", color=ink, markersize=5)
+            _end(axes, *mine[-1], f"{mine[-1][1]:.3f}", ink)
+        last = rules[rule][-1]["round"]
         if place == 0:
-            _note(axes, rules[rule][-1]["round"], start, f"start {start:.3f}", below=True, end=True)
-        for other in sorted(rules, key=lambda name: name == rule):
-            values = [start, *(entry["accuracy"] for entry in rules[other])]
-            mine = other == rule
-            axes.plot(
-                range(len(values)),
-                values,
-                color=colour(rules[other]) if mine else GREY,
-                linewidth=2.2 if mine else 0.9,
-                solid_capstyle="round",
-            )
-        last = rules[rule][-1]
-        axes.plot(last["round"], last["accuracy"], "o", color=colour(rules[rule]), markersize=5)
-        _end(axes, last["round"], last["accuracy"], f"{last['accuracy']:.3f}", colour(rules[rule]))
-        axes.set_xlim(0, last["round"] * 1.22)
+            note(axes, last * 1.22, start, f"start {start:.3f}", end=True)
+        axes.set_xlim(0, last * 1.22)
 
-    return _panels(rules, draw, "test accuracy")
+    return panels(rules, draw, "test accuracy")
 
 
 def errors(rules: Mapping[str, Rounds]) -> str:
-    """Relative error of the aggregation over the rounds, the SVD floor of its rank dotted."""
+    """Relative error of the aggregation over the rounds, the SVD floor of its rank dotted.
+
+    A round whose error is null (nothing to be relative to) is a gap, at the end a dash.
+    """
     losses = [
-        (rule, entry["relative_error"], entry["averaging_error"] or 0.0)
+        (rule, entry["relative_error"] or 0.0, entry["averaging_error"] or 0.0)
         for rule, rounds in rules.items()
         for entry in rounds
     ]
@@ -99,75 +115,141 @@ def errors(rules: Mapping[str, Rounds]) -> str:
     def draw(axes: Axes, rule: str, place: int) -> None:
         rounds = rules[rule]
         numbers = [entry["round"] for entry in rounds]
-        error = [entry["relative_error"] for entry in rounds]
-        floor = [entry["svd_floor"] for entry in rounds]
-        averaging = [entry["averaging_error"] for entry in rounds]
+        error, floor = _values(rounds, "relative_error"), _values(rounds, "svd_floor")
+        averaging = _values(rounds, "averaging_error")
         ink = colour(rounds)
-        if None not in averaging:
+        if not all(map(math.isnan, averaging)):
             axes.plot(numbers, averaging, color=GREY, linewidth=1.2)
             if rule == compared:
-                _note(axes, numbers[-1], 0.55 * top, "grey: averaging", end=True)
+                note(axes, numbers[-1], 0.55 * top, "grey: averaging", end=True)
         if place == 0:
-            _note(axes, numbers[0], 0, "dotted: SVD floor")
+            note(axes, numbers[0], 0, "dotted: SVD floor")
         axes.fill_between(numbers, floor, error, color=ink, alpha=0.12, linewidth=0)
         axes.plot(numbers, floor, color=INK, linewidth=1.4, linestyle=(0, (1, 1.6)))
         axes.plot(numbers, error, color=ink, linewidth=2.2, marker="o", markersize=3.5)
-        value = "0" if error[-1] < AT_FLOOR_WITHIN else f"{error[-1]:.2f}"
-        _end(axes, numbers[-1], error[-1], value, ink)
+        last = 0.0 if math.isnan(error[-1]) else error[-1]
+        value = "0" if last < AT_FLOOR_WITHIN else f"{last:.2f}"
+        _end(axes, numbers[-1], last, MISSING if math.isnan(error[-1]) else value, ink)
         axes.set_xlim(numbers[0] - 0.15, numbers[-1] + 0.22 * max(numbers[-1] - 1, 1))
         axes.set_ylim(-0.05 * top, top)
 
-    return _panels(rules, draw, "relative error")
+    return panels(rules, draw, "relative error")
 
 
-def traffic(rules: Mapping[str, Rounds], summary: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy at the end against the bytes of a round, up and down together."""
+def traffic(rules: Mapping[str, Rounds], starts: Mapping[str, float]) -> str:
+    """Accuracy against all bytes sent so far, up and down together, a line for each rule."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 3.9), layout="constrained")
+        figure = Figure(figsize=(10.4, 4.4), layout="constrained")
         axes = figure.add_subplot()
-        points: list[tuple[float, float, str, str]] = []
-        for entry in summary:
-            size = (entry["bytes_up"] + entry["bytes_down"]) / 1e6
-            ink = colour(rules[entry["rule"]])
-            axes.plot(size, entry["accuracy"], "o", color=ink, markersize=8, markeredgecolor="w")
-            points.append((size, entry["accuracy"], entry["rule"], ink))
-        start = summary[0]["start_accuracy"]
-        axes.axhline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        ends: list[tuple[float, float, str, str]] = []
+        for rule, rounds in rules.items():
+            sent, points = 0.0, []
+            for entry in rounds:
+                sent += (entry["bytes_up"] + entry["bytes_down"]) / 1e6
+                if _told(entry):
+                    points.append((sent, entry["accuracy"]))
+            if not points:
+                continue
+            ink = colour(rounds)
+            sizes, values = zip(*points, strict=True)
+            axes.plot(sizes, values, color=ink, linewidth=1.2, alpha=0.55)
+            axes.plot(sizes[:-1], values[:-1], "o", color=ink, markersize=3, alpha=0.55)
+            axes.plot(sizes[-1], values[-1], "o", color=ink, markersize=8, markeredgecolor="w")
+            ends.append((sizes[-1], values[-1], rule, ink))
+        for start in sorted(set(starts.values())):
+            axes.axhline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_xscale("log")
-        sizes = [size for size, *_ in points]
-        axes.set_xlim(min(sizes) / 1.4, max(sizes) * 1.9)
-        axes.xaxis.set_major_locator(MaxNLocator(1))
-        axes.set_xticks(_round_sizes(min(sizes), max(sizes)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g} MB"))
+        left, right = axes.get_xlim()
+        axes.set_xlim(left, right * (right / left) ** 0.16)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _bytes(1e6 * size)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("bytes of one round, all clients, up and down (logarithmic)")
+        axes.set_xlabel("bytes so far, all clients, up and down (logarithmic)")
         axes.set_ylabel("test accuracy")
-        low, high = start, max(accuracy for _, accuracy, *_ in points)
-        axes.set_ylim(low - 0.15 * (high - low + 1e-3), high + 0.15 * (high - low + 1e-3))
-        _note(axes, axes.get_xlim()[1], start, f"start {start:.3f}", end=True)
-        _labels(axes, points)
-        return _svg(figure)
+        note(axes, axes.get_xlim()[1], min(starts.values()), "start", end=True)
+        _labels(axes, ends)
+        return svg(figure)
 
 
-def _panels(rules: Mapping[str, Rounds], draw: Callable[[Axes, str, int], None], label: str) -> str:
-    """One panel per rule on common axes."""
-    across = min(PANELS_PER_ROW, len(rules))
-    down = math.ceil(len(rules) / across)
+def times(rules: Mapping[str, Rounds]) -> str:
+    """Where a round's time goes: seconds of training, transfer, aggregation and evaluation."""
+    parts = {"training": "#009E73", "transfer": "#CC79A7", "aggregation": "#0072B2"}
+    parts |= {"evaluation": "#B8BEC6"}
+    seconds = {
+        rule: {part: fmean(entry[f"{part}_ms"] or 0.0 for entry in rounds) / 1e3 for part in parts}
+        for rule, rounds in rules.items()
+    }
+    with rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(10.4, 0.9 + 0.36 * len(rules)), layout="constrained")
+        axes = figure.add_subplot()
+        places = range(len(rules) - 1, -1, -1)
+        left = [0.0] * len(rules)
+        for part, ink in parts.items():
+            widths = [seconds[rule][part] for rule in rules]
+            axes.barh(places, widths, 0.62, left, color=ink, label=part)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for place, rule, end in zip(places, rules, left, strict=True):
+            share = seconds[rule]["aggregation"] / end if end else 0.0
+            axes.annotate(
+                f"aggregation {100 * share:.2g} %",
+                (end, place),
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+                color=MUTED,
+                fontsize=8.5,
+            )
+        axes.set_yticks(places, list(rules))
+        axes.set_xlim(0, 1.22 * max([*left, 1e-9]))
+        axes.set_xlabel("seconds of a round, training summed over its clients")
+        axes.legend(frameon=False, ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1))
+        return svg(figure)
+
+
+def _values(rounds: Rounds, name: str) -> list[float]:
+    """A field of every round, NaN where it is null: lines leave a gap there."""
+    return [math.nan if entry[name] is None else float(entry[name]) for entry in rounds]
+
+
+def _told(entry: Mapping[str, Any]) -> bool:
+    return entry["accuracy"] is not None
+
+
+def _evaluated(rounds: Rounds) -> list[tuple[int, float]]:
+    """(round, accuracy) of the rounds that were evaluated."""
+    return [(entry["round"], entry["accuracy"]) for entry in rounds if _told(entry)]
+
+
+def _bytes(size: float) -> str:
+    """5 kB, 20 MB, 1.5 GB."""
+    power = min(3, max(1, int(math.log10(max(size, 1)) // 3)))
+    return f"{size / 1000**power:g} {('kB', 'MB', 'GB')[power - 1]}"
+
+
+def panels(
+    rules: Mapping[str, Rounds],
+    draw: Callable[[Axes, str, int], None],
+    label: str,
+    across: str = "round",
+) -> str:
+    """One panel per rule on common axes; `draw` gets the rule and the panel's number."""
+    columns = min(PANELS_PER_ROW, len(rules))
+    down = math.ceil(len(rules) / columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(0.6 + 2.5 * across, 0.5 + 1.9 * down), layout="constrained")
-        grid = figure.subplots(down, across, sharey=True, squeeze=False)
+        figure = Figure(figsize=(0.6 + 2.5 * columns, 0.5 + 1.9 * down), layout="constrained")
+        grid = figure.subplots(down, columns, sharey=True, squeeze=False)
         panels = list(grid.flat)
         for place, (axes, rule) in enumerate(zip(panels, rules, strict=False)):
             draw(axes, rule, place)
             axes.set_title(rule, loc="left", fontsize=10.5, fontweight="bold")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if place + across >= len(rules):
-                axes.set_xlabel("round")
-            if place % across == 0:
+            if place + columns >= len(rules):
+                axes.set_xlabel(across)
+            if place % columns == 0:
                 axes.set_ylabel(label)
         for axes in panels[len(rules) :]:
             axes.set_visible(False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _labels(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
@@ -197,20 +279,13 @@ def _labels(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None
             )
 
 
-def _round_sizes(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten around [low, high]."""
-    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    sizes = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-    return [size for size in sizes if low / 1.4 <= size <= high * 1.9]
-
-
 def _end(axes: Axes, x: float, y: float, text: str, ink: str) -> None:
     axes.annotate(
         text, (x, y), (5, 0), textcoords="offset points", va="center", color=ink, fontsize=9
     )
 
 
-def _note(
+def note(
     axes: Axes, x: float, y: float, text: str, *, below: bool = False, end: bool = False
 ) -> None:
     """A muted remark above or below a line, from x to the right or (`end`) to the left."""
@@ -226,7 +301,7 @@ def _note(
     )
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an <svg> element: no XML header, no date, the same bits for the same data."""
     buffer = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})

@@ -5,14 +5,14 @@ python -m integration.readme integration/results/<device>/quickstart
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from integration import charts
-from integration.records import write
+from integration.files import write
+from integration.series import read_run
 from integration.table import COLUMNS, cells
 
 BEGIN = "<!-- quickstart:begin -->"
@@ -24,19 +24,17 @@ def write_section(results: Path, readme: Path) -> None:
 
     Raises ValueError where the README lacks the marks.
     """
-    summary = json.loads((results / "summary.json").read_text())
-    rules: dict[str, list[Mapping[str, Any]]] = {entry["rule"]: [] for entry in summary}
-    for line in (results / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        rules[entry["rule"]].append(entry)
-    write(results / "errors.svg", charts.errors(rules))
+    run = read_run(results)
+    write(results / "errors.svg", charts.errors(run.rules))
     text = readme.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{readme} lacks the marks {BEGIN} and {END}")
     place = (results / "errors.svg").resolve().relative_to(readme.resolve().parent)
-    section = f"\n![Relative error of every rule over four rounds]({place})\n\n{_table(summary)}\n"
+    section = (
+        f"\n![Relative error of every rule over four rounds]({place})\n\n{_table(run.summary)}\n"
+    )
     write(readme, before + begin + section + end + after)
 
 

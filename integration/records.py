@@ -1,4 +1,8 @@
-"""The files of a run: settings.json, metrics.jsonl, summary.json. Every write is atomic."""
+"""The files of a run: settings.json, metrics.jsonl, summary.json, the adapters.
+
+A number that is not finite is null in them: the error relative to an ideal update of zero, the loss
+of a client that diverged.
+"""
 
 from __future__ import annotations
 
@@ -6,59 +10,140 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from integration.server import Round
-from integration.settings import Settings
+import torch
+
+import fedlora_kernels as flk
+from integration import files
+from integration.judge import Score
+from integration.noise import interval, within_noise
+from integration.settings import Settings, SettingsError
+
+PACKAGES = ("torch", "transformers", "peft", "numpy")
 
 
-def write(path: Path, text: str) -> None:
-    """Replace the file at once: a reader sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+@dataclass(frozen=True)
+class Round:
+    """One rule, one round. Bytes are summed over the clients, errors are means over the modules,
+    times are summed over the clients.
+    """
+
+    rule: str
+    seed: int
+    round: int
+    clients: list[int]
+    """Who took part."""
+    relative_error: float
+    svd_floor: float
+    averaging_error: float | None
+    """What averaging the factors (FedIT) of the same adapters would lose; None at unequal ranks."""
+    rank: float
+    bytes_up: int
+    bytes_down: int
+    train_loss: float
+    training_ms: float
+    aggregation_ms: float
+    evaluation_ms: float
+    modules: dict[str, dict[str, Any]]
+    """Module -> rank, relative_error, svd_floor, averaging_error, the ideal update's spectrum."""
+    accuracy: float | None = None
+    """On the test split; of a personal rule the mean over the round's clients. None in a round
+    that was not evaluated."""
+    loss: float | None = None
+    global_accuracy: float | None = None
+    """Of the one global model; of a personal rule, that of the clients' mean update."""
+    client_accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Client -> accuracy on its own test examples of the model that it runs."""
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Client -> why it is not in the round, of the participants that are not."""
+    transfer_ms: float = 0.0
+    """What the round's messages took beyond its longest training; 0 in one process."""
 
 
-def write_settings(out: Path, settings: Settings, start: tuple[float, float]) -> None:
-    """settings.json: the settings, the start's accuracy and loss, and the versions."""
-    packages = ("torch", "transformers", "peft", "numpy")
+TIMES = ("training_ms", "aggregation_ms", "evaluation_ms", "transfer_ms")
+"""What two runs of equal settings do not have in common."""
+
+
+def open_folder(out: Path, settings: Settings, *, resume: bool) -> list[str]:
+    """Make the run's folder, empty of earlier results unless the run goes on from them.
+
+    Returns warnings: what keeps a resumed run from the bits of one that was never stopped.
+    Raises SettingsError where the folder was begun with other settings.
+    """
+    path = out / "settings.json"
+    if not resume or not path.is_file():
+        path.unlink(missing_ok=True)  # first: without it nothing that is left can be resumed
+        for state in (out / "state").glob("seed-*/*.pt"):
+            state.unlink()
+        for name in ("metrics.jsonl", "summary.json", "report.html"):
+            (out / name).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        return []
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(files.to_json(dataclasses.asdict(settings)))
+    for name, value in wanted.items():
+        if begun["settings"].get(name) != value:
+            raise SettingsError(
+                f"{out} was begun with {name} {begun['settings'].get(name)!r}, found {value!r}; "
+                "resume with the same flags, or start without --resume"
+            )
+    found = {"threads": torch.get_num_threads(), **_versions()}
+    recorded = {"threads": begun.get("threads"), **begun["versions"]}
+    return [
+        f"begun with {name} {recorded.get(name)}, resumed with {value}: what follows is right, but "
+        "not bit for bit what an unbroken run would have given"
+        for name, value in found.items()
+        if recorded.get(name) != value
+    ]
+
+
+def write_settings(out: Path, settings: Settings, start: Score) -> None:
+    """settings.json: the settings, the start's score, the versions and the number of threads."""
     content = {
         "settings": dataclasses.asdict(settings),
-        "start_accuracy": start[0],
-        "start_loss": start[1],
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in packages},
+        "start_accuracy": start.accuracy,
+        "start_loss": start.loss,
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
     }
-    write(out / "settings.json", json.dumps(content, indent=2) + "\n")
+    files.write(out / "settings.json", files.to_json(content, indent=2) + "\n")
 
 
 def write_metrics(out: Path, rounds: Sequence[Round]) -> None:
-    """metrics.jsonl: one line per rule and round, with every module's rank and errors."""
-    lines = [json.dumps(dataclasses.asdict(entry)) for entry in rounds]
-    write(out / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+    """metrics.jsonl: one line per seed, rule and round, with every module's rank and errors."""
+    lines = [files.to_json(dataclasses.asdict(entry)) for entry in rounds]
+    files.write(out / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
 
 
-def write_summary(
-    out: Path, rounds: Sequence[Round], start_accuracy: float
-) -> list[dict[str, Any]]:
+def write_summary(out: Path, rounds: Sequence[Round], start: Score) -> list[dict[str, Any]]:
     """summary.json: one object per rule, in the order of the rounds; also returned.
 
     Accuracy and loss are the last round's. The errors, the rank and the bytes are means over the
-    rounds, the milliseconds their median (the first call of a process pays for its warm-up).
+    rounds, the milliseconds their median (the first call of a process pays for its warm-up). With
+    several seeds all of them are means over the seeds, and every rule also has `accuracies` (by
+    seed), `accuracy_interval` (half the width of the mean's 95 % interval) and `within_noise`
+    (whether it cannot be told from the best rule). A mean over a value that is not finite is None.
     """
-    by_rule: dict[str, list[Round]] = {}
+    by_rule: dict[str, dict[int, list[Round]]] = {}
     for entry in rounds:
-        by_rule.setdefault(entry.rule, []).append(entry)
-    summary = [
-        {
+        by_rule.setdefault(entry.rule, {}).setdefault(entry.seed, []).append(entry)
+    summary: list[dict[str, Any]] = []
+    for rule, seeds in by_rule.items():
+        entries = [entry for of_seed in seeds.values() for entry in of_seed]
+        last = [of_seed[-1] for of_seed in seeds.values()]
+        accuracies = [float(entry.accuracy or 0.0) for entry in last]
+        item: dict[str, Any] = {
             "rule": rule,
-            "accuracy": entries[-1].accuracy,
-            "start_accuracy": start_accuracy,
-            "loss": entries[-1].loss,
+            "accuracy": fmean(accuracies),
+            "start_accuracy": start.accuracy,
+            "loss": fmean(float(entry.loss or 0.0) for entry in last),
             "relative_error": fmean(entry.relative_error for entry in entries),
             "svd_floor": fmean(entry.svd_floor for entry in entries),
             "rank": fmean(entry.rank for entry in entries),
@@ -66,7 +151,30 @@ def write_summary(
             "bytes_down": round(fmean(entry.bytes_down for entry in entries)),
             "aggregation_ms": median(entry.aggregation_ms for entry in entries),
         }
-        for rule, entries in by_rule.items()
-    ]
-    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if len(accuracies) > 1:
+            item |= {"accuracy_interval": interval(accuracies), "accuracies": accuracies}
+        summary.append(item)
+    if all("accuracies" in item for item in summary):
+        best = max(summary, key=lambda item: float(item["accuracy"]))
+        for item in summary:
+            item["within_noise"] = within_noise(item["accuracies"], best["accuracies"])
+    summary = files.finite(summary)
+    files.write(out / "summary.json", files.to_json(summary, indent=2) + "\n")
     return summary
+
+
+def write_adapters(out: Path, adapter: flk.Adapter, own: Mapping[int, flk.Adapter]) -> None:
+    """The global adapter as a PEFT folder in `out`, the clients' own ones in `out/clients/K`."""
+    made = out / ".adapter"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    adapter.write(made)
+    for path in sorted(made.iterdir(), reverse=True):  # the config last: with it, it is an adapter
+        os.replace(path, out / path.name)
+    made.rmdir()
+    for number, personal in own.items():
+        personal.save(out / "clients" / str(number))
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

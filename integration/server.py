@@ -1,4 +1,4 @@
-"""One rule on the server: clients' adapters in, a record and every client's next start out.
+"""One rule on the server: clients' updates in, a record and every client's next start out.
 
 After the aggregation a round goes on in one of two ways:
 
@@ -7,126 +7,236 @@ After the aggregation a round goes on in one of two ways:
 
 A rule with a residual (FedEx) has its residual merged and continues from the average, unless
 "merge" is asked for, which merges both.
+
+A client that sits a round out loses nothing: it starts from what was sent last when it comes back,
+with its own B where the rule is personal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import fedlora_kernels as flk
-from integration.client import Client
+from fedlora_kernels.inspection import inspect
+from integration.client import Client, Update
+from integration.judge import Score
 from integration.model import Model
+from integration.packing import Packed, pack, repacked, unpack
+from integration.records import Round
 from integration.settings import Settings
-from integration.tokens import Tokens
+from integration.total import total
 
+SPECTRUM = 16
+"""So many singular values of every module are recorded."""
 
-@dataclass(frozen=True)
-class Round:
-    """One rule, one round. Bytes are summed over the clients, errors are means over the modules."""
-
-    rule: str
-    round: int
-    accuracy: float
-    loss: float
-    relative_error: float
-    svd_floor: float
-    averaging_error: float | None
-    """What averaging the factors (FedIT) of the same adapters would lose; None at unequal ranks."""
-    rank: float
-    bytes_up: int
-    bytes_down: int
-    aggregation_ms: float
-    modules: dict[str, dict[str, Any]]
-    """Module -> rank, relative_error, svd_floor, averaging_error."""
+Judge = Callable[..., Score]
+"""(adapters..., client=None) -> score on the test split, or on the client's own test examples."""
 
 
 class Server:
-    """The state of one rule between rounds: the starts of the clients, and the model's base."""
+    """The state of one rule between rounds: what was sent, what was merged, who keeps which B."""
 
     def __init__(
         self, rule: flk.Rule, model: Model, clients: Sequence[Client], settings: Settings
     ) -> None:
         model.restore()
         self.rule = rule
-        self.starts = fresh_starts(model, clients, settings, 1)
+        self.own: dict[int, flk.Adapter] = {}
+        self.merged: list[flk.Adapter] = []
+        self._sent: flk.Aggregation | None = None
         self._model = model
         self._clients = clients
         self._settings = settings
+        self._fitted: dict[int, flk.Adapter] = {}
 
-    def finish(self, number: int, adapters: Sequence[flk.Adapter], test: Tokens) -> Round:
-        """Aggregate the clients' adapters of round `number`, judge the result, set the starts."""
-        weights = [float(len(client.positions)) for client in self._clients]
+    def trains(self, number: int) -> str:
+        """The factors that the clients train in round `number`: "both", "a" or "b"."""
+        if self.rule.trains == "both" and self._settings.freeze == "alternate":
+            return "b" if number % 2 else "a"
+        return self.rule.trains
+
+    def start(self, client: Client, number: int) -> flk.Adapter:
+        """What a client starts round `number` from."""
+        if not self.rule.personal and client.rank in self._fitted:
+            return self._fitted[client.rank]
+        start = self._model.fresh(client.rank, self._settings.seed, number)
+        if self._sent is not None:
+            start = self._received(client, start)
+        if not self.rule.personal:
+            self._fitted[client.rank] = start
+        return start
+
+    def _received(self, client: Client, fresh: flk.Adapter) -> flk.Adapter:
+        """What was sent last, in the client's own rank."""
+        assert self._sent is not None
+        if not self._sent.adapter.state_dict().keys() - self._sent.adapter.extras.keys():
+            return flk.Adapter(fresh.factors, fresh.config, extras=self._sent.adapter.extras)
+        own = self.own.get(client.number, fresh)
+        received = replace(self._sent, clients=[own]).client_adapter(0)
+        return received if received.vera else received.fit(fresh)
+
+    def finish(self, number: int, updates: Sequence[Update], judge: Judge) -> Round:
+        """Aggregate the updates of round `number`, judge the result, set what comes next."""
+        weights = [float(update.examples) for update in updates]
+        adapters = [update.adapter for update in updates]
         options = self._settings.options.get(self.rule.name, {})
         begun = perf_counter()
         result = flk.aggregate(adapters, rule=self.rule.name, weights=weights, **options)
-        milliseconds = 1e3 * (perf_counter() - begun)
-        accuracy, loss = self._judge(result, test)
-        averaging = (
-            None
-            if self._settings.heterogeneous
-            else flk.aggregate(adapters, rule="fedit", weights=weights).report
-        )
+        aggregated = perf_counter()
+        average = None
+        if not self._settings.heterogeneous and not adapters[0].vera:
+            average = flk.aggregate(adapters, rule="fedit", weights=weights)
+        spectra = _spectra(adapters, weights)
+        due = number % self._settings.evaluate_every == 0 or number == self._settings.rounds
+        compared = perf_counter()
+        scores = self._scores(result, average, updates, judge) if due else {}
+        judged = perf_counter()
         report = result.report
-        self._go_on(result, number + 1)
-        return Round(
+        averaging = None if average is None else average.report
+        record = Round(
             rule=self.rule.name,
+            seed=self._settings.seed,
             round=number,
-            accuracy=accuracy,
-            loss=loss,
+            clients=[update.client for update in updates],
             relative_error=report.relative_error,
             svd_floor=report.svd_floor,
             averaging_error=None if averaging is None else averaging.relative_error,
             rank=report.mean_rank,
             bytes_up=sum(result.bytes_up),
             bytes_down=sum(result.bytes_down),
-            aggregation_ms=milliseconds,
+            train_loss=sum(u.loss * u.examples for u in updates) / sum(weights),
+            training_ms=1e3 * sum(update.seconds for update in updates),
+            aggregation_ms=1e3 * (aggregated - begun),
+            evaluation_ms=1e3 * (judged - compared),
             modules={
                 name: {
                     "rank": module.rank,
                     "relative_error": module.relative_error,
                     "svd_floor": module.svd_floor,
                     "averaging_error": averaging and averaging[name].relative_error,
+                    "spectrum": spectra.get(name, []),
                 }
                 for name, module in report.items()
             },
+            **scores,
         )
+        self._go_on(result, updates)
+        return record
 
-    def _judge(self, result: flk.Aggregation, test: Tokens) -> tuple[float, float]:
-        """Accuracy and loss of the global model; of a personal rule, the mean over its clients."""
-        if not self.rule.personal:
-            return self._model.judge(test, result.adapter, *_residual(result))
-        judged = [
-            self._model.judge(test, result.client_adapter(client.number))
-            for client in self._clients
-        ]
-        accuracies, losses = zip(*judged, strict=True)
-        return sum(accuracies) / len(judged), sum(losses) / len(judged)
+    def _scores(
+        self,
+        result: flk.Aggregation,
+        average: flk.Aggregation | None,
+        updates: Sequence[Update],
+        judge: Judge,
+    ) -> dict[str, Any]:
+        """The fields of a record that need a test.
 
-    def _go_on(self, result: flk.Aggregation, number: int) -> None:
-        """Set what the clients of round `number` start from."""
-        fresh = fresh_starts(self._model, self._clients, self._settings, number)
+        Of a personal rule accuracy and loss are the means over the round's clients, and the global
+        model is the clients' mean update. A client's own test is taken by the model that it runs.
+        """
+        tested = [(k, self._clients[update.client]) for k, update in enumerate(updates)]
+        if self.rule.personal:
+            models = [(client, [result.client_adapter(k)]) for k, client in tested]
+            scores = [judge(*adapters) for _, adapters in models]
+            accuracy = sum(score.accuracy for score in scores) / len(scores)
+            loss = sum(score.loss for score in scores) / len(scores)
+            whole = None if average is None else judge(average.adapter)
+        else:
+            models = [(client, [result.adapter, *_residual(result)]) for _, client in tested]
+            whole = judge(*models[0][1])
+            accuracy, loss = whole.accuracy, whole.loss
+        own = {c.number: judge(*adapters, client=c) for c, adapters in models if c.tests}
+        return {
+            "accuracy": accuracy,
+            "loss": loss,
+            "global_accuracy": None if whole is None else whole.accuracy,
+            "client_accuracy": {str(number): score.accuracy for number, score in own.items()},
+        }
+
+    def _go_on(self, result: flk.Aggregation, updates: Sequence[Update]) -> None:
+        """Set what the clients of the next round start from."""
         after = self._settings.after or self.rule.after
         residual = _residual(result)
+        self._fitted.clear()
+        if self.rule.personal:
+            self.own |= {update.client: repacked(update.adapter) for update in updates}
         if after == "merge" and (self._settings.after or not residual):
-            self._model.merge(result.adapter, *residual)
-            self.starts = fresh
-            return
-        self._model.merge(*residual)
-        self.starts = [
-            result.client_adapter(client.number).fit(template)
-            for client, template in zip(self._clients, fresh, strict=True)
-        ]
+            self._merge(result.adapter, *residual)
+            heads = result.adapter.extras
+            self._sent = self._resent(_empty(result.adapter)) if heads else None
+        else:
+            self._merge(*residual)
+            self._sent = self._resent(result.adapter)
+
+    def _merge(self, *adapters: flk.Adapter) -> None:
+        for adapter in map(repacked, adapters):
+            self._model.merge(adapter)
+            self.merged.append(adapter)
+
+    def _resent(self, adapter: flk.Adapter) -> flk.Aggregation:
+        """What is sent, as it reads from a file, so that a run goes on with the same bits."""
+        heads = "local" if self.rule.personal else "average"
+        return flk.Aggregation(self.rule, repacked(adapter), None, flk.Report(), [], [], heads)
+
+    # ---- the end, and a state in between -------------------------------------------------------
+
+    def final(self) -> flk.Adapter:
+        """The global update on the base as it was loaded: all that was merged, and what was sent.
+
+        Of a personal rule the shared A beside B = 0.
+        """
+        sent = [] if self._sent is None else [self._sent.adapter]
+        return total([*self.merged, *sent])
+
+    def personal(self) -> dict[int, flk.Adapter]:
+        """Of a personal rule, what every client that has taken part runs."""
+        return {
+            client.number: self.start(client, self._settings.rounds + 1)
+            for client in self._clients
+            if client.number in self.own
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next round needs, as plain tensors and JSON types."""
+        return {
+            "sent": None if self._sent is None else pack(self._sent.adapter),
+            "own": {number: pack(adapter) for number, adapter in self.own.items()},
+            "merged": [pack(adapter) for adapter in self.merged],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; the model's base is merged anew, in the order of the rounds."""
+
+        def here(packed: Packed) -> flk.Adapter:
+            return unpack(packed, self._model.device)
+
+        self._model.restore()
+        self._fitted.clear()
+        self._sent = None if state["sent"] is None else self._resent(here(state["sent"]))
+        self.own = {number: here(packed) for number, packed in state["own"].items()}
+        self.merged = [here(packed) for packed in state["merged"]]
+        self._model.merge(*self.merged)
 
 
-def fresh_starts(
-    model: Model, clients: Sequence[Client], settings: Settings, number: int
-) -> list[flk.Adapter]:
-    """B = 0 beside one common A, drawn from (seed, round); every client has its rank's rows."""
-    return [model.fresh(client.rank, settings.seed, number) for client in clients]
+def _spectra(adapters: Sequence[flk.Adapter], weights: Sequence[float]) -> dict[str, list[float]]:
+    """The leading singular values of every module's ideal update, six digits; none of VeRA's."""
+    if adapters[0].vera:
+        return {}
+    found = inspect(adapters, weights=weights).modules
+    return {
+        name: [float(f"{value:.6g}") for value in module.sigma[:SPECTRUM]]
+        for name, module in found.items()
+    }
 
 
 def _residual(result: flk.Aggregation) -> list[flk.Adapter]:
     return [] if result.residual is None else [result.residual]
+
+
+def _empty(adapter: flk.Adapter) -> flk.Adapter:
+    """The adapter without an update: its averaged heads go on where its factors were merged."""
+    return flk.Adapter({}, adapter.config, extras=adapter.extras)

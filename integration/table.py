@@ -20,13 +20,16 @@ COLUMNS = (
     "agg. ms",
 )
 
+MISSING = "\u2013"
+"""In place of a number that is not finite."""
+
 
 def cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """One rule of summary.json as the texts under COLUMNS."""
     return (
         entry["rule"],
-        f"{entry['accuracy']:.3f}",
-        f"{entry['loss']:.3f}",
+        accuracy(entry),
+        MISSING if entry["loss"] is None else f"{entry['loss']:.3f}",
         relative(entry["relative_error"]),
         relative(entry["svd_floor"]),
         f"{entry['rank']:.1f}",
@@ -34,6 +37,14 @@ def cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
         megabytes(entry["bytes_down"]),
         f"{entry['aggregation_ms']:.1f}",
     )
+
+
+def accuracy(entry: Mapping[str, Any]) -> str:
+    """0.731; of several seeds 0.731 +- 0.012, with ~ where the best rule cannot be told from it."""
+    if "accuracy_interval" not in entry:
+        return f"{entry['accuracy']:.3f}"
+    mark = " ~" if entry["within_noise"] else ""
+    return f"{entry['accuracy']:.3f} \u00b1 {entry['accuracy_interval']:.3f}{mark}"
 
 
 def table(summary: Sequence[Mapping[str, Any]]) -> Table:
@@ -45,6 +56,11 @@ def table(summary: Sequence[Mapping[str, Any]]) -> Table:
         caption=(
             "error: |sent - ideal| / |ideal| of the update, mean over modules and rounds\n"
             "MB: all clients, one round"
+            + (
+                "\n\u00b1: 95 % interval of the mean; ~: within noise of the best rule"
+                if any("accuracy_interval" in entry for entry in summary)
+                else ""
+            )
         ),
         caption_justify="left",
     )
@@ -55,8 +71,10 @@ def table(summary: Sequence[Mapping[str, Any]]) -> Table:
     return result
 
 
-def relative(error: float) -> str:
-    """A relative error with as many digits as it deserves: 0.213, 3.1e-08, 0."""
+def relative(error: float | None) -> str:
+    """A relative error with as many digits as it deserves: 0.213, 3e-08, 0."""
+    if error is None:
+        return MISSING
     if error == 0 or error >= 1e-3:
         return f"{error:.3f}" if error else "0"
     return f"{error:.0e}"

@@ -1,11 +1,16 @@
 """What all tests share: one thread (matrices are small), no network, the backend in test ids."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Threads that spin while they wait slow each other down on two shared cores (46 s against 15 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if os.environ.get("TRITON_INTERPRET"):
+    # Interpreted kernels multiply float32 tiles in numpy. OpenBLAS's kernel for Zen and Haswell
+    # rounds equal rows differently by where they lie, which no GPU does; this one does not.
+    os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
 
 import pytest
 import torch
@@ -35,6 +40,13 @@ OPERATOR_TESTS = {
 def backend(request: pytest.FixtureRequest) -> str:
     """The backend that serves this process; part of the id of the operators' tests."""
     return str(getattr(request, "param", flk.backend()))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test that asks for more threads asks for itself alone."""
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

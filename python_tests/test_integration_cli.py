@@ -1,6 +1,8 @@
 """The command line: flags reach the settings, wrong ones end with exit code 2 and one line."""
 
 import json
+import sys
+import types
 
 import pytest
 
@@ -13,7 +15,7 @@ from integration.settings import SettingsError, from_preset
 def started(monkeypatch):
     """Record what would run instead of running it."""
     calls = []
-    monkeypatch.setattr(command_line, "compare_rules", lambda *call: calls.append(call))
+    monkeypatch.setattr(command_line, "compare_rules", lambda *call, **_: calls.append(call))
     return calls
 
 
@@ -54,7 +56,7 @@ def test_unequal_ranks_say_what_is_left_out(started, capsys):
         ("compare --rules nothing", "unknown rule 'nothing'; known: fedit"),
         ("compare --rules fedsa --after merge", "fedsa cannot merge"),
         ("compare --after later", "after must be continue or merge, found 'later'"),
-        ("compare --preset nothing", "unknown preset 'nothing'; known: quickstart"),
+        ("compare --preset nothing", "unknown preset 'nothing'; known: "),
         ("compare --ranks 8,8,4 --clients 8", "ranks names 3 ranks for 8 clients"),
         ("compare --ranks 8,x", "ranks must be numbers such as 8,8,4,4, found '8,x'"),
         ("compare --ranks 0", "ranks must be at least 1, found 0"),
@@ -65,7 +67,7 @@ def test_unequal_ranks_say_what_is_left_out(started, capsys):
         ("compare --seed -1", "seed must be 0 or more, found -1"),
         ("compare --energy 1.5", "energy must be above 0 and at most 1, found 1.5"),
         ("compare --nothing", "--nothing"),
-        ("run", "--rule"),
+        ("run --rules fedit", "run takes one rule (--rule); compare takes several (--rules)"),
         ("report --out nowhere", "nowhere has no summary.json"),
         ("train", "train"),
     ],
@@ -98,6 +100,15 @@ def test_a_run_from_the_command_line_prints_its_table(capsys, tmp_path):
     assert (tmp_path / "report.html").read_bytes() == before, "the report depends on its files"
 
 
+def test_a_client_that_diverges_is_named(capsys, tmp_path):
+    flags = "--rounds 1 --clients 2 --steps 3 --train-size 40 --test-size 30 --learning-rate 1e30"
+    assert main(["run", "--rule", "florist", "--out", str(tmp_path), *flags.split()]) == 1
+    said = capsys.readouterr().err
+    assert "client 0, module encoder.layer.0" in said
+    assert "are NaN or Inf" in said
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
 def test_a_preset_may_be_a_file(tmp_path):
     path = tmp_path / "own.toml"
     quickstart = command_line.Path(command_line.__file__).parent / "presets/quickstart.toml"
@@ -107,5 +118,44 @@ def test_a_preset_may_be_a_file(tmp_path):
     with pytest.raises(SettingsError, match="unknown settings sped"):
         from_preset(str(path))
     path.write_text("rounds = 1\n")
-    with pytest.raises(SettingsError, match="missing settings alpha, batch_size, clients"):
+    with pytest.raises(SettingsError, match="missing settings batch_size, clients, learning_rate"):
         from_preset(str(path))
+
+
+def test_lm_eval_gets_the_base_and_the_adapter(monkeypatch, tmp_path, capsys):
+    """The harness itself is not installed here: what it would be called with is what counts."""
+    calls = []
+
+    def simple_evaluate(**options):
+        calls.append(options)
+        return {"results": {"arc_easy": {"acc,none": 0.5}}}
+
+    fake = types.SimpleNamespace(simple_evaluate=simple_evaluate)
+    monkeypatch.setitem(sys.modules, "lm_eval", fake)
+    adapter = tmp_path / "adapters" / "florist"
+    adapter.mkdir(parents=True)
+    flags = ["lm-eval", "--out", str(adapter), "--tasks", "arc_easy,mmlu", "--limit", "3"]
+    assert main(flags) == 2
+    assert "has no adapter_config.json" in capsys.readouterr().err
+    (adapter / "adapter_config.json").write_text("{}")
+    assert main(flags) == 2
+    assert "no settings.json there or above" in capsys.readouterr().err
+    settings = {"init": "pretrained", "model": "some/model"}
+    (tmp_path / "settings.json").write_text(json.dumps({"settings": settings}))
+    assert main(flags) == 0
+    assert calls == [
+        {
+            "model": "hf",
+            "model_args": f"pretrained=some/model,peft={adapter}",
+            "tasks": ["arc_easy", "mmlu"],
+            "limit": 3,
+        }
+    ]
+    assert json.loads((adapter / "lm_eval.json").read_text()) == {"arc_easy": {"acc,none": 0.5}}
+    assert "arc_easy" in capsys.readouterr().out
+
+
+def test_lm_eval_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["lm-eval", "--out", str(tmp_path), "--tasks", "mmlu"]) == 2
+    assert "pip install lm-eval[hf]" in capsys.readouterr().err

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from miniature import miniature
 
+from integration.judge import judge
+from integration.loading import shape
 from integration.model import Model
 from integration.settings import SettingsError
-from integration.tasks import Example
-from integration.tokens import Tokens
+from integration.tasks import Example, Task
 
 EXAMPLES = [
     Example("Return the square root of a number.", 0),
@@ -15,14 +17,17 @@ EXAMPLES = [
 ]
 
 
+TASK = Task("two", ("mathematics", "mail"), tuple(EXAMPLES), tuple(EXAMPLES), tuple(EXAMPLES))
+
+
 @pytest.fixture(scope="module")
 def model():
-    return Model("all-MiniLM-L6-v2", [4, 2], 2.0, ["query", "value"], 20.0)
+    return Model(miniature(ranks=(4, 2)), TASK)
 
 
 @pytest.fixture(scope="module")
 def tokens(model):
-    return Tokens(EXAMPLES, model.tokenizer, 32)
+    return model.tokens(EXAMPLES, 32)
 
 
 def trained(model, rank, seed):
@@ -32,6 +37,12 @@ def trained(model, rank, seed):
     for factors in adapter.factors.values():
         factors.b.normal_(0, 0.02, generator=generator)
     return adapter
+
+
+def embedded(model, tokens, positions):
+    batch = tokens.batch(positions)
+    batch.pop("labels")
+    return model.network.embed(**batch)
 
 
 def same(first, second):
@@ -49,7 +60,7 @@ def test_merging_and_restoring_leave_the_base_bit_identical(model):
     model.merge(adapter)
     merged = model.base()
     for name, weight in before.items():
-        expected = weight + adapter.delta(name).to(weight.dtype)
+        expected = weight + adapter.delta(name).float()
         torch.testing.assert_close(merged[name], expected, rtol=0, atol=0)
         assert not torch.equal(merged[name], weight)
     model.restore()
@@ -58,28 +69,34 @@ def test_merging_and_restoring_leave_the_base_bit_identical(model):
 
 def test_judging_leaves_the_base_bit_identical_even_after_an_error(model, tokens):
     before = model.base()
-    model.make_head(tokens, 2)
-    model.judge(tokens, trained(model, 4, 1), trained(model, 2, 2))
+    model.make_head(tokens)
+    scores = [judge(model, TASK, tokens)]
+    scores += [judge(model, TASK, tokens, trained(model, 4, 1), trained(model, 2, 2))]
     assert same(model.base(), before)
-    with pytest.raises(KeyError, match="stop"), model.merged(trained(model, 4, 1)):
+    with pytest.raises(KeyError, match="stop"), model.carrying(trained(model, 4, 1)):
         raise KeyError("stop")
     assert same(model.base(), before)
+    assert judge(model, TASK, tokens) == scores[0] != scores[1]
 
 
 @pytest.mark.parametrize("rank", [4, 2])
-def test_a_slot_computes_what_merging_computes(model, tokens, rank):
-    """Through PEFT's slot and through the merged base: |difference| of unit vectors < 1e-5."""
+def test_a_slot_a_hook_and_a_merge_compute_the_same(model, tokens, rank):
+    """|difference| of unit vectors < 1e-5 between PEFT's slot, the hooks and the merged base."""
     adapter = trained(model, rank, 3)
-    batch = tokens.batch([0, 1, 2])
     with torch.inference_mode():
-        with model.merged(adapter):
-            merged = model.embed(batch)
-        with model.merged():
-            start = model.embed(batch)
+        with model.carrying(adapter):
+            hooked = embedded(model, tokens, [0, 1, 2])
+        with model.carrying():
+            start = embedded(model, tokens, [0, 1, 2])
         model.take(adapter)
-        switched = model.embed(batch)
+        switched = embedded(model, tokens, [0, 1, 2])
+        model.merge(adapter)
+        with model.carrying():
+            merged = embedded(model, tokens, [0, 1, 2])
+    model.restore()
+    assert (hooked - switched).abs().max() < 1e-5
     assert (merged - switched).abs().max() < 1e-5
-    assert (merged - start).abs().max() > 1e-3
+    assert (hooked - start).abs().max() > 1e-3
 
 
 def test_what_a_slot_gives_back_is_a_copy(model):
@@ -93,7 +110,7 @@ def test_what_a_slot_gives_back_is_a_copy(model):
         assert given.factors[name].scaling == 2.0
 
 
-@pytest.mark.parametrize(("trains", "sides"), [("both", {"A", "B"}), ("b", {"B"})])
+@pytest.mark.parametrize(("trains", "sides"), [("both", {"A", "B"}), ("b", {"B"}), ("a", {"A"})])
 def test_only_the_taken_slot_trains(model, trains, sides):
     parameters = model.take(trained(model, 2, 6), trains)
     assert len(parameters) == 12 * len(sides)
@@ -111,12 +128,57 @@ def test_starts_of_smaller_rank_are_the_first_rows_of_the_same_a(model):
 
 
 def test_padding_does_not_change_an_embedding(model, tokens):
-    with torch.inference_mode(), model.merged():
-        together = model.embed(tokens.batch([0, 1]))
-        alone = model.embed(tokens.batch([0]))
+    with torch.inference_mode(), model.carrying():
+        together = embedded(model, tokens, [0, 1])
+        alone = embedded(model, tokens, [0])
     assert (together[0] - alone[0]).abs().max() < 1e-5
 
 
+def test_merging_into_bfloat16_sums_up_in_float32():
+    """A hundred updates too small for a bfloat16 weight still move it once they are together."""
+    model = Model(miniature(dtype="bfloat16"), TASK)
+    name = model.modules[0]
+    before = model.base()[name]
+    adapter = model.fresh(8, 0)
+    adapter.factors[name].b.fill_(1e-4)
+    step = adapter.delta(name).float()
+    for _ in range(100):
+        model.merge(adapter)
+    expected = (before.float() + 100 * step).to(torch.bfloat16)
+    moved = model.base()[name]
+    assert moved.dtype == torch.bfloat16
+    assert (moved != before).float().mean() > 0.5
+    assert (moved.float() - expected.float()).abs().max() <= 2**-8 * expected.float().abs().max()
+    model.restore()
+    assert torch.equal(model.base()[name], before)
+
+
+def test_per_module_ranks():
+    model = Model(miniature(ranks=(8, 4), rank_pattern={"value": 2}), TASK)
+    for rank in (8, 4):
+        factors = model.fresh(rank, 0).factors
+        assert {name.rsplit(".", 1)[1]: f.rank for name, f in factors.items()} == {
+            "query": rank,
+            "value": 2,
+        }
+        assert {f.scaling for f in factors.values()} == {2.0}
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    model = Model(miniature(method="rslora", ranks=(16, 16)), TASK)
+    assert {f.scaling for f in model.fresh(16, 0).factors.values()} == {2.0 * 16 / 16**0.5}
+
+
 def test_an_unknown_model_is_an_error():
-    with pytest.raises(SettingsError, match="unknown model 'nothing'"):
-        Model("nothing", [4], 2.0, ["query"], 20.0)
+    with pytest.raises(SettingsError, match="model 'nothing' cannot be loaded"):
+        Model(miniature(model="nothing"), TASK)
+
+
+def test_a_module_that_is_not_there_is_an_error():
+    with pytest.raises(SettingsError, match=r"all-MiniLM-L6-v2: .*nowhere"):
+        Model(miniature(target_modules=("nowhere",)), TASK)
+
+
+def test_an_unknown_shape_is_an_error():
+    with pytest.raises(SettingsError, match=r"unknown shape 'nothing'; known: .* or a config.json"):
+        shape("nothing")

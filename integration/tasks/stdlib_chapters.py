@@ -108,15 +108,15 @@ def strings() -> dict[str, str]:
 
 def _paragraphs(root: Path, module: str) -> Iterator[str]:
     """First paragraphs of the module's documentation strings, of MINIMUM_WORDS words or more."""
-    sources = _sources(root, module)
-    documented = _parsed(sources) if sources else _imported(module)
+    found = sources(root, module)
+    documented = _parsed(found) if found else _imported(module)
     for documentation in documented:
         paragraph = " ".join(inspect.cleandoc(documentation).split("\n\n")[0].split())
         if len(paragraph.split()) >= MINIMUM_WORDS:
             yield paragraph
 
 
-def _sources(root: Path, module: str) -> list[Path]:
+def sources(root: Path, module: str) -> list[Path]:
     """The module's source files in a fixed order, without the tests that some packages carry."""
     if (file := root / f"{module}.py").is_file():
         return [file]
@@ -127,8 +127,8 @@ def _sources(root: Path, module: str) -> list[Path]:
     ]
 
 
-def _parsed(sources: list[Path]) -> Iterator[str]:
-    for path in sources:
+def _parsed(found: list[Path]) -> Iterator[str]:
+    for path in found:
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(
                 node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -1,11 +1,12 @@
-"""What a task is: labelled texts, split once into train, shared and test."""
+"""What a task is: examples, split once into train, shared and test, and what counts as right."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 class TaskError(ValueError):
@@ -14,26 +15,42 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One text and the index of its class."""
+    """One text and its class; or, for a language model, a prompt and its completion."""
 
     text: str
+    """What the model reads: the text to classify, or the prompt (may be empty)."""
     label: int
+    """Index of the class; of a language task, of the topic by which clients may differ."""
+    second: str | None = None
+    """The second text of a classification of pairs."""
+    completion: str | None = None
+    """What a language model shall write after the text."""
+    answer: str = ""
+    """What `Task.right` compares a generated text with."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """(role, content) of the conversation so far, in place of `text`: goes through the tokenizer's
+    chat template."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A text classification task.
+    """A text classification or a language task.
 
     `train` is what the clients hold between them, `shared` is the small public split that every
-    party has (the frozen head is made from it), `test` judges the global model. The three are
-    disjoint.
+    party has (the frozen head of a classification is made from it), `test` judges the global model.
+    The three are disjoint.
     """
 
     name: str
     classes: tuple[str, ...]
+    """Names of the labels: classes, or topics."""
     train: tuple[Example, ...]
     shared: tuple[Example, ...]
     test: tuple[Example, ...]
+    kind: Literal["classification", "language"] = "classification"
+    right: Callable[[Example, str], bool] | None = None
+    """Whether a generated text answers the example. Without it the accuracy of a language task is
+    the share of its completions' tokens that the model predicts."""
 
     @property
     def majority(self) -> float:
@@ -48,18 +65,25 @@ def split(
     examples: Iterable[Example],
     *,
     test_size: int,
-    shared_per_class: int,
+    shared_per_class: int = 0,
     train_size: int | None = None,
+    test: Sequence[Example] | None = None,
+    kind: Literal["classification", "language"] = "classification",
+    right: Callable[[Example, str], bool] | None = None,
 ) -> Task:
     """Split by a hash of the text: the same for every seed, and stable when a text comes or goes.
 
-    In hash order the first `test_size` examples are the test split, the next `shared_per_class` of
-    every class are the shared split and the rest, at most `train_size`, is the training split.
+    In hash order the first `test_size` examples are the test split (of `test`, where the task comes
+    with a test split of its own), the next `shared_per_class` of every class are the shared split
+    and the rest, at most `train_size`, is the training split.
 
     Raises TaskError where the examples do not suffice.
     """
-    ordered = sorted(examples, key=lambda e: hashlib.sha256(e.text.encode()).digest())
-    test, rest = ordered[:test_size], ordered[test_size:]
+    ordered = _in_hash_order(examples)
+    if test is None:
+        chosen, rest = ordered[:test_size], ordered[test_size:]
+    else:
+        chosen, rest = _in_hash_order(test)[:test_size], ordered
     taken: Counter[int] = Counter()
     shared: list[Example] = []
     train: list[Example] = []
@@ -77,4 +101,21 @@ def split(
         )
     if not train:
         raise TaskError(f"task {name}: no training examples are left; lower test_size")
-    return Task(name, classes, tuple(train[:train_size]), tuple(shared), tuple(test))
+    if not chosen:
+        raise TaskError(f"task {name}: the test split is empty")
+    return Task(name, classes, tuple(train[:train_size]), tuple(shared), tuple(chosen), kind, right)
+
+
+def hashed(text: str) -> bytes:
+    """What decides the split that a text belongs to: the test split has the lowest hashes."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _in_hash_order(examples: Iterable[Example]) -> list[Example]:
+    def key(example: Example) -> bytes:
+        conversation = "".join(content for _, content in example.turns)
+        return hashed(
+            conversation + example.text + (example.second or "") + (example.completion or "")
+        )
+
+    return sorted(examples, key=key)

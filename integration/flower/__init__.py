@@ -1,0 +1,21 @@
+"""The same rounds on Flower: a ServerApp and a ClientApp on its Message API.
+
+    python -m integration compare --engine flower            a simulation on this machine
+    flwr run integration/flower/app CONNECTION --stream      a deployment (docs/flower.md)
+
+    server process                                    client process (one per client, or Ray's)
+    compare -> take_through -> FlowerEngine  ------>  ClientApp: what it starts from, what was
+                  aggregation by              train   merged since it was last asked, the settings
+                  fedlora_kernels  <--------------->  Client.train, as in the local engine
+                                       the update
+
+    messages.py  adapters as Flower's records, bit for bit
+    client.py    the ClientApp
+    engine.py    FlowerEngine: a round's messages out, the usable updates back
+    server.py    the ServerApp: `compare` with that engine
+    launch.py    a SuperLink on this machine and one `flwr run`
+    app/         what `flwr run` ships: two files that import the two apps from here
+
+Everything else (settings, tasks, rules, records, resume, report) is the local engine's own code, so
+equal seeds give equal adapters. Flower's nodes need this checkout on their PYTHONPATH.
+"""

@@ -1,0 +1,1 @@
+"""The app that Flower loads: both halves are imported from the checkout."""

@@ -1,0 +1,5 @@
+"""Flower looks for the ClientApp here."""
+
+from integration.flower.client import app
+
+__all__ = ["app"]

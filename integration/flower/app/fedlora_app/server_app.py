@@ -1,0 +1,5 @@
+"""Flower looks for the ServerApp here."""
+
+from integration.flower.server import app
+
+__all__ = ["app"]

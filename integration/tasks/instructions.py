@@ -1,0 +1,92 @@
+"""Instructions and answers: Dolly, Alpaca-GPT4, and any data set in TRL's conventions.
+
+Columns are recognised in this order: `messages` (the last turn must be the assistant's; it is the
+completion), `prompt` and `completion` (texts or lists of messages), or `instruction` with
+`context`/`input` and `response`/`output`. Conversations go through the tokenizer's chat template,
+and only the completion counts in the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from integration.tasks.tables import Row, columns, rows, train_rows
+from integration.tasks.task import Example, Task, TaskError, split
+
+Turns = tuple[tuple[str, str], ...]
+
+
+def load(
+    *,
+    test_size: int,
+    shared_per_class: int = 0,
+    train_size: int | None = None,
+    source: str = "",
+    topic: str = "",
+) -> Task:
+    """Read the data set `source`; `topic` is the column by which clients may differ.
+
+    Raises TaskError where it is not there or has other columns.
+    """
+    if not source:
+        raise TaskError("task instructions needs the option source: a hub id, a folder or a file")
+    train, test = train_rows(source), rows(source, "test")
+    if topic:
+        columns(train, (topic,), source)
+    both = [*train, *(test or [])]
+    topics = tuple(sorted({str(row[topic]) for row in both})) if topic else ("instructions",)
+
+    def example(row: Row) -> Example:
+        prompt, completion = _parts(row, source)
+        label = topics.index(str(row[topic])) if topic else 0
+        if isinstance(prompt, str):
+            return Example(prompt, label, completion=completion)
+        return Example("", label, completion=completion, turns=prompt)
+
+    return split(
+        "instructions",
+        topics,
+        [example(row) for row in train],
+        test=None if test is None else [example(row) for row in test],
+        test_size=test_size,
+        train_size=train_size,
+        kind="language",
+    )
+
+
+dolly: Callable[..., Task] = partial(
+    load, source="databricks/databricks-dolly-15k", topic="category"
+)
+alpaca_gpt4: Callable[..., Task] = partial(load, source="vicgalle/alpaca-gpt4")
+
+
+def _parts(row: Row, source: str) -> tuple[str | Turns, str]:
+    """Prompt and completion of a row."""
+    if row.get("messages"):
+        return _conversation(row["messages"], source)
+    if "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str):
+            return prompt, str(completion)
+        return _conversation([*prompt, *completion], source)
+    answer = row.get("response") or row.get("output")
+    if "instruction" in row and answer is not None:
+        more = row.get("context") or row.get("input")
+        asked = f"{row['instruction']}\n\n{more}" if more else str(row["instruction"])
+        return (("user", asked),), str(answer)
+    raise TaskError(
+        f"data set {source!r} has the columns {', '.join(sorted(row))}; expected messages, or "
+        "prompt and completion, or instruction and response (output)"
+    )
+
+
+def _conversation(messages: list[dict[str, Any]], source: str) -> tuple[Turns, str]:
+    *before, last = ((str(turn["role"]), str(turn["content"])) for turn in messages)
+    if last[0] != "assistant" or not before:
+        raise TaskError(
+            f"data set {source!r}: a conversation of {len(messages)} turns ends with the "
+            f"{last[0]}'s; expected an assistant's turn after others"
+        )
+    return tuple(before), last[1]

@@ -1,0 +1,91 @@
+"""Programs in the formats of MBPP (arXiv 2108.07732) and HumanEval (arXiv 2107.03374).
+
+With `run_code = true` the accuracy is pass@1: every program that the model writes is run with its
+tests, in a process of its own without the user's environment, for at most TIMEOUT seconds and
+MEMORY bytes. That stops accidents, not attacks: without the option nothing is run and the accuracy
+is that of the next tokens.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+
+from integration.tasks.tables import Row, columns, rows, train_rows
+from integration.tasks.task import Example, Task, split
+
+TIMEOUT = 5
+MEMORY = 1 << 30
+
+
+def load(
+    *,
+    test_size: int,
+    shared_per_class: int = 0,
+    train_size: int | None = None,
+    source: str = "google-research-datasets/mbpp",
+    test_source: str = "",
+    run_code: bool = False,
+) -> Task:
+    """Read a data set with the columns of MBPP (text, code, test_list) or of HumanEval (prompt,
+    canonical_solution, test, entry_point); TaskError where it is not there or has others.
+
+    `test_source` is where the test split comes from: HumanEval has no other, so one trains on MBPP.
+    """
+    train, test = train_rows(source), rows(test_source or source, "test")
+    return split(
+        "programs",
+        ("programs",),
+        _examples(train, source),
+        test=None if test is None else _examples(test, test_source or source),
+        test_size=test_size,
+        train_size=train_size,
+        kind="language",
+        right=passes if run_code else None,
+    )
+
+
+def _examples(found: list[Row], source: str) -> list[Example]:
+    human = "canonical_solution" in found[0]
+    needed = ("prompt", "canonical_solution", "test", "entry_point")
+    columns(found, needed if human else ("text", "code", "test_list"), source)
+    return [(_human_eval if human else _mbpp)(row) for row in found]
+
+
+def _mbpp(row: Row) -> Example:
+    tests = "\n".join(str(test) for test in row["test_list"])
+    prompt = f'"""\n{row["text"]}\n{tests}\n"""\n'
+    return Example(prompt, 0, completion=str(row["code"]), answer=tests)
+
+
+def _human_eval(row: Row) -> Example:
+    prompt = str(row["prompt"])
+    tests = f"{row['test']}\ncheck({row['entry_point']})"
+    return Example(prompt, 0, completion=str(row["canonical_solution"]), answer=tests)
+
+
+def passes(example: Example, text: str) -> bool:
+    """Whether the prompt with the text behind it passes the example's tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-c", f"{example.text}{text}\n\n{example.answer}\n"],
+                cwd=folder,
+                env={},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=TIMEOUT,
+                preexec_fn=_limit,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return done.returncode == 0
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))

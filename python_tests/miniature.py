@@ -1,0 +1,44 @@
+"""Federations small enough for a test: the quickstart with two clients, two steps and few texts."""
+
+import dataclasses
+import json
+
+from rich.console import Console
+
+import fedlora_kernels as flk
+from integration.compare import choose, compare
+from integration.settings import from_preset
+
+
+def miniature(**changes):
+    """Two clients, two steps of four (after one, A has not moved: B was 0), a few strings."""
+    small = {"clients": 2, "rounds": 2, "test_size": 40, "train_size": 60, "batch_size": 4}
+    small |= {"max_tokens": 12, "shared_per_class": 2}
+    if "epochs" not in changes:
+        small |= {"steps": 2}
+    return from_preset("quickstart", **(small | changes))
+
+
+def run(out, settings, rules=None, **options):
+    """The summary, and the lines of metrics.jsonl by rule."""
+    chosen, _ = choose(settings, explicit=False)
+    chosen = [flk.rules()[name] for name in rules] if rules else chosen
+    summary = compare(settings, chosen, out, Console(quiet=True), **options)
+    return summary, metrics(out)
+
+
+def metrics(out):
+    """The lines of metrics.jsonl by rule."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {name: [x for x in lines if x["rule"] == name] for name in flk.rules()}
+
+
+def timeless(lines):
+    """What two runs of equal settings have in common."""
+    times = ("training_ms", "aggregation_ms", "evaluation_ms")
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
+
+
+def settings_like(settings, **changes):
+    """The same settings, unchecked, with changes."""
+    return dataclasses.replace(settings, **changes)
