@@ -5,42 +5,60 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-# The same operator tests again on the implementation that needs no compiler.
+# The operators' tests, which run again on every backend that this machine can force.
 OPERATORS := gram spectrum rank surrogate combine weighted_sum stacked_svd flora_na
+OPERATOR_TESTS := $(BIN)/python -m pytest -m 'not slow' $(OPERATORS:%=python_tests/test_%.py)
 
-.PHONY: env run test test-slow test-cpp check format bench clean
+# What CMake is asked to build with.
+CONFIGURE := $(BIN)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+EMULATED := build/emulated
+
+.PHONY: env run test test-backends test-slow test-cpp check format bench clean
 
 env: $(STAMP)
 
 # torch and the build tools come first so that the package itself needs no isolated build.
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/CMakeLists.txt csrc/*/*)
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/CMakeLists.txt csrc/*/* csrc/*/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt \
 		torch scipy-openblas64 scikit-build-core pybind11 cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
-		-e '.[triton,plot,integration,bench,dev]'
+		-e '.[triton,plot,integration,flower,tensorboard,bench,dev]'
 	@touch $@
 
 # Waiting threads must not spin: on two shared cores that costs more than the work.
-run test: export OMP_WAIT_POLICY := PASSIVE
+run test test-backends test-cpp: export OMP_WAIT_POLICY := PASSIVE
 
 run: env
 	$(BIN)/python -m integration compare --preset quickstart --out runs/quickstart
 
 test: env
 	$(BIN)/python -m pytest -m 'not slow'
-	FEDLORA_BACKEND=composed $(BIN)/python -m pytest -m 'not slow' \
-		$(OPERATORS:%=python_tests/test_%.py)
+	$(MAKE) test-backends
+
+# Composed of torch's operators; Triton's kernels interpreted; the CUDA kernels' own sources, block by
+# block in the emulator.
+test-backends: env
+	FEDLORA_BACKEND=composed $(OPERATOR_TESTS)
+	FEDLORA_BACKEND=triton TRITON_INTERPRET=1 $(OPERATOR_TESTS)
+	$(CONFIGURE) --preset emulated -DFEDLORA_TESTS=OFF
+	$(BIN)/cmake --build --preset emulated --target fedlora_cuda_emulated
+	FEDLORA_BACKEND=cuda-emulated FEDLORA_LIBRARIES=$(EMULATED)/csrc/bindings $(OPERATOR_TESTS)
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
 
-# Needs doctest (Debian: doctest-dev). Address and undefined behaviour first, then races.
+# Needs doctest (Debian: doctest-dev). Address and undefined behaviour first, then races; the CUDA
+# kernels in three orders of their threads; their operators with addresses checked.
 test-cpp: env
-	for preset in address thread; do \
-		$(BIN)/cmake --preset $$preset -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python && \
+	for preset in address thread emulated emulated-address; do \
+		$(CONFIGURE) --preset $$preset -DFEDLORA_TESTS=ON && \
 		$(BIN)/cmake --build --preset $$preset && $(BIN)/ctest --preset $$preset || exit 1; \
 	done
+	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))" \
+	ASAN_OPTIONS=detect_leaks=0 FEDLORA_BACKEND=cuda-emulated FEDLORA_LIBRARIES=$(EMULATED)-address/csrc/bindings \
+		$(BIN)/python -m pytest $(foreach stage,gram combine stacked_svd,python_tests/test_$(stage).py) \
+		-k 'non_contiguous or bad_arguments or (list_is_the_stack and (primes or heterogeneous or wide_stack))'
 
 check: env
 	$(BIN)/ruff format --check .
