@@ -101,6 +101,7 @@ def pretrain_command(
     level: Annotated[int | None, typer.Option(help="Operations of one, at most.")] = None,
     largest: Annotated[int | None, typer.Option(help="First number of one, at most.")] = None,
     code: Annotated[float | None, typer.Option(help="Share of the library's texts.")] = None,
+    sums: Annotated[float | None, typer.Option(help="Share of bare sums.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides all randomness.")] = None,
 ) -> None:
     """Train a small Llama from scratch on generated text, and write a transformers folder."""
@@ -114,6 +115,7 @@ def pretrain_command(
         level=level,
         largest=largest,
         code=code,
+        sums=sums,
         seed=seed,
     )
     pretrain(settings, out, Console())

@@ -13,7 +13,7 @@ from integration.loading import SHAPES, shape
 from integration.pretrain import HELD_OUT, Pretraining, _texts, pretrain, recipe
 from integration.settings import SettingsError, from_preset
 from integration.tasks import TASKS
-from integration.tasks.arithmetic import problems
+from integration.tasks.arithmetic import problems, sums
 from integration.tasks.task import hashed
 
 PARAMETERS = {
@@ -85,6 +85,16 @@ def test_test_splits_are_left_out():
         assert not trained & {example.text + example.completion for example in smaller.test}
 
 
+def test_the_sums_are_every_first_line_of_a_solution():
+    table = sums(20)
+    for line in table:
+        sum_, result = line.split(" = ")
+        assert eval(sum_.replace("/", "//")) == int(result) > 0
+    asked = {problem.completion.strip().split("\n")[0] for problem in problems(2, 20, 4000, 0)}
+    assert asked <= set(table)
+    assert len(asked) > 0.9 * len(table), "and hardly any that is never asked"
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHAPES.glob("*.json")))
 def test_named_shapes_have_the_published_size(name):
     config = shape(name)
@@ -110,6 +120,8 @@ def test_a_shape_has_its_recipe():
     [
         ("--steps 0", "steps must be at least 1, found 0"),
         ("--code 2", "code must be between 0 and 1, found 2.0"),
+        ("--sums -1", "sums must be between 0 and 1, found -1.0"),
+        ("--code 0.6 --sums 0.6", "code and sums must be at most 1 together, found 0.6 and 0.6"),
         ("--shape nothing", "unknown shape 'nothing'; known: llama-2-7b, "),
     ],
 )

@@ -155,6 +155,16 @@ def problems(level: int, largest: int, count: int, seed: int) -> list[Example]:
     )
 
 
+def sums(largest: int) -> list[str]:
+    """Every first line that a solution may have, such as `14 + 5 = 19`: a table to learn by heart."""
+    return [
+        f"{value} {sign} {number} = {COMPUTE[sign](value, number)}"
+        for value in range(SMALLEST, largest + 1)
+        for sign in COMPUTE
+        for number in _numbers(sign, value)
+    ]
+
+
 def _problem(label: int, draw: random.Random, steps: int, largest: int) -> Example:
     topic, name = TOPICS[label], draw.choice(NAMES)
     value = draw.randint(SMALLEST, largest)
