@@ -26,8 +26,8 @@ What is left of it
     rounds.py       one rule through its rounds; state.py keeps each on the disk, for --resume
     packing.py      adapters as plain tensors; total.py sums several into one
     compare.py      all rules and seeds through the same rounds
-    records.py      settings.json, metrics.jsonl, summary.json, the adapters; files.py writes whole
-    noise.py        intervals over seeds, differences within noise
+    records.py      settings.json, metrics.jsonl, the adapters; files.py writes whole files
+    summary.py      summary.json, what every rule comes to; noise.py has intervals over seeds
     table.py        the table at the end
     report.py       report.html of one or several runs: series.py reads them, charts.py and
                     module_charts.py draw

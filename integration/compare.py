@@ -29,6 +29,7 @@ from integration.rounds import FirstRound, take_through
 from integration.server import Server
 from integration.settings import Settings, SettingsError
 from integration.state import place
+from integration.summary import write_summary
 from integration.table import table
 from integration.tracking import Tracker
 from integration.trainer import LocalTrainer
@@ -99,12 +100,12 @@ def compare(
         f"{len(federation.test)} test strings, {len(federation.task.classes)} classes"
     )
     rounds = _rounds(federation, rules, out, console, engine)
-    summary = records.write_summary(out, rounds, start)
+    summary = write_summary(out, rounds, start)
     write_report(out)
     largest = federation.task.majority
     known = f" (largest class {largest:.3f})" if federation.task.kind == "classification" else ""
     console.print(f"\nstart: accuracy {start.accuracy:.3f}, loss {start.loss:.3f}{known}")
-    console.print(table(summary))
+    console.print(table(summary, console.width))
     console.print(f"{out / 'report.html'}  ({perf_counter() - begun:.0f} s)")
     return summary
 

@@ -10,7 +10,12 @@ CONFIDENCE = 0.95
 
 
 def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the mean: t(n - 1) s / sqrt(n), for n >= 2 values."""
+    """Half the width of the 95 % interval of the mean: t(n - 1) s / sqrt(n), for n >= 2 values.
+
+    NaN where one of them is not finite.
+    """
+    if not all(map(math.isfinite, values)):
+        return math.nan
     # A second to import, and only runs of several seeds need it.
     from scipy.stats import t  # type: ignore[import-untyped]
 

@@ -13,7 +13,7 @@ from typing import Any
 from integration import charts
 from integration.files import write
 from integration.series import read_run
-from integration.table import COLUMNS, cells
+from integration.table import columns
 
 BEGIN = "<!-- quickstart:begin -->"
 END = "<!-- quickstart:end -->"
@@ -39,9 +39,11 @@ def write_section(results: Path, readme: Path) -> None:
 
 
 def _table(summary: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-    lines += ["| " + " | ".join(cells(entry)) + " |" for entry in summary]
-    return "\n".join(lines)
+    shown = columns(summary)
+    rows = [[column.title for column in shown]]
+    rows += [[column.text(entry) for column in shown] for entry in summary]
+    head, *lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|---" + "|---:" * (len(shown) - 1) + "|", *lines])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The files of a run: settings.json, metrics.jsonl, summary.json, the adapters.
+"""The files of a run: settings.json, metrics.jsonl, the adapters; summary.py has summary.json.
 
 A number that is not finite is null in them: the error relative to an ideal update of zero, the loss
 of a client that diverged.
@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ import torch
 import fedlora_kernels as flk
 from integration import files
 from integration.judge import Score
-from integration.noise import interval, within_noise
 from integration.settings import Settings, SettingsError
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")
@@ -120,47 +118,6 @@ def write_metrics(out: Path, rounds: Sequence[Round]) -> None:
     """metrics.jsonl: one line per seed, rule and round, with every module's rank and errors."""
     lines = [files.to_json(dataclasses.asdict(entry)) for entry in rounds]
     files.write(out / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
-
-
-def write_summary(out: Path, rounds: Sequence[Round], start: Score) -> list[dict[str, Any]]:
-    """summary.json: one object per rule, in the order of the rounds; also returned.
-
-    Accuracy and loss are the last round's. The errors, the rank and the bytes are means over the
-    rounds, the milliseconds their median (the first call of a process pays for its warm-up). With
-    several seeds all of them are means over the seeds, and every rule also has `accuracies` (by
-    seed), `accuracy_interval` (half the width of the mean's 95 % interval) and `within_noise`
-    (whether it cannot be told from the best rule). A mean over a value that is not finite is None.
-    """
-    by_rule: dict[str, dict[int, list[Round]]] = {}
-    for entry in rounds:
-        by_rule.setdefault(entry.rule, {}).setdefault(entry.seed, []).append(entry)
-    summary: list[dict[str, Any]] = []
-    for rule, seeds in by_rule.items():
-        entries = [entry for of_seed in seeds.values() for entry in of_seed]
-        last = [of_seed[-1] for of_seed in seeds.values()]
-        accuracies = [float(entry.accuracy or 0.0) for entry in last]
-        item: dict[str, Any] = {
-            "rule": rule,
-            "accuracy": fmean(accuracies),
-            "start_accuracy": start.accuracy,
-            "loss": fmean(float(entry.loss or 0.0) for entry in last),
-            "relative_error": fmean(entry.relative_error for entry in entries),
-            "svd_floor": fmean(entry.svd_floor for entry in entries),
-            "rank": fmean(entry.rank for entry in entries),
-            "bytes_up": round(fmean(entry.bytes_up for entry in entries)),
-            "bytes_down": round(fmean(entry.bytes_down for entry in entries)),
-            "aggregation_ms": median(entry.aggregation_ms for entry in entries),
-        }
-        if len(accuracies) > 1:
-            item |= {"accuracy_interval": interval(accuracies), "accuracies": accuracies}
-        summary.append(item)
-    if all("accuracies" in item for item in summary):
-        best = max(summary, key=lambda item: float(item["accuracy"]))
-        for item in summary:
-            item["within_noise"] = within_noise(item["accuracies"], best["accuracies"])
-    summary = files.finite(summary)
-    files.write(out / "summary.json", files.to_json(summary, indent=2) + "\n")
-    return summary
 
 
 def write_adapters(out: Path, adapter: flk.Adapter, own: Mapping[int, flk.Adapter]) -> None:

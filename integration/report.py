@@ -10,7 +10,7 @@ from typing import Any
 from integration import charts, module_charts
 from integration.files import write
 from integration.series import Rounds, Run, label, read_run, together
-from integration.table import COLUMNS, cells
+from integration.table import columns
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -52,7 +52,7 @@ PAGE = """<!doctype html>
 mean over its clients{seeds}). Error: distance of the update that was sent from the ideal one,
 relative to the ideal one's norm, mean over modules and rounds; SVD floor: the least possible at
 this rank. MB are those of all clients in one round, up to the server and down from it; aggregation
-in ms.</p>
+in ms.{legend}</p>
 {sections}
 <footer>{footer}</footer>
 </html>
@@ -108,6 +108,7 @@ def _page(runs: Sequence[Run]) -> str:
         setting=_setting(runs),
         facts=_facts(runs, entries),
         table=_table(entries),
+        legend=_legend(entries),
         seeds="; with several seeds the mean and its 95 % interval" if several else "",
         sections=_sections(rules, starts),
         footer=escape(f"Settings: {where}. {versions}."),
@@ -202,21 +203,30 @@ def _lost(rules: Mapping[str, Rounds]) -> str:
 
 
 def _table(summary: Sequence[Mapping[str, Any]]) -> str:
-    """The summary as an HTML table, the best accuracy and the fewest bytes marked."""
+    """The summary as an HTML table, the best scores and the fewest bytes marked."""
+    shown = columns(summary)
     best = {
-        1: max(entry["accuracy"] for entry in summary),
-        6: min(entry["bytes_up"] for entry in summary),
-        7: min(entry["bytes_down"] for entry in summary),
+        key: choose(entry[key] for entry in summary if entry.get(key) is not None)
+        for key, choose in (column.best for column in shown if column.best)
     }
-    keys = {1: "accuracy", 6: "bytes_up", 7: "bytes_down"}
     rows = []
     for entry in summary:
         marked = [
-            f'<td class="best">{escape(text)}</td>'
-            if column in keys and len(summary) > 1 and entry[keys[column]] == best[column]
-            else f"<td>{escape(text)}</td>"
-            for column, text in enumerate(cells(entry))
+            f'<td class="best">{escape(column.text(entry))}</td>'
+            if column.best
+            and len(summary) > 1
+            and entry.get(column.best[0]) == best[column.best[0]]
+            else f"<td>{escape(column.text(entry))}</td>"
+            for column in shown
         ]
         rows.append(f"<tr>{''.join(marked)}</tr>")
-    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
+    head = "".join(f"<th>{escape(column.title)}</th>" for column in shown)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _legend(summary: Sequence[Mapping[str, Any]]) -> str:
+    """What the columns are that not every table has."""
+    told = [f"{column.title}: {column.about}" for column in columns(summary) if column.about]
+    if any("accuracy_interval" in entry for entry in summary):
+        told.append("~: within noise of the best rule, seed by seed")
+    return escape("".join(f" {text[0].upper()}{text[1:]}." for text in told))

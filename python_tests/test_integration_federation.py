@@ -19,7 +19,7 @@ from integration.partition import own_tests, participants, partition
 from integration.server import Server
 from integration.settings import SettingsError
 from integration.state import read_state, write_state
-from integration.table import cells
+from integration.table import columns
 from integration.total import total
 from integration.trainer import LocalTrainer
 
@@ -327,7 +327,7 @@ def test_the_sum_of_merged_updates_is_one_adapter(small):
 
 def test_several_seeds_give_means_and_intervals(small, tmp_path):
     rules = ("florist", "fedit")
-    settings = small(rules=rules, seeds=3, rounds=1)
+    settings = small(rules=rules, seeds=3, rounds=1, client_test_size=6)
     summary, lines = run(tmp_path, settings)
     for entry in summary:
         mine = lines[entry["rule"]]
@@ -336,7 +336,11 @@ def test_several_seeds_give_means_and_intervals(small, tmp_path):
         assert entry["accuracy"] == pytest.approx(sum(entry["accuracies"]) / 3)
         assert entry["loss"] == pytest.approx(sum(line["loss"] for line in mine) / 3)
         assert entry["accuracy_interval"] == interval(entry["accuracies"])
-        assert "\u00b1" in cells(entry)[1]
+        assert entry["losses"] == [line["loss"] for line in mine]
+        assert entry["loss_interval"] == interval(entry["losses"])
+        own = [line["client_accuracy"].values() for line in mine]
+        assert entry["client_accuracies"] == [sum(values) / len(values) for values in own]
+        assert "\u00b1" in columns(summary)[1].text(entry)
     assert len({line["loss"] for line in lines["florist"]}) == 3
     run(tmp_path / "one", settings_like(settings, seeds=1, seed=1))
     again = metrics(tmp_path / "one")["florist"][0]
