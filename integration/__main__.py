@@ -15,7 +15,7 @@ from rich.console import Console
 import fedlora_kernels as flk
 from integration.compare import choose
 from integration.compare import compare as compare_rules
-from integration.flags import lists, with_settings
+from integration.flags import Start, starting
 from integration.flower import launch as flower
 from integration.lm_eval import evaluate as lm_eval
 from integration.plan import plan, show
@@ -32,58 +32,26 @@ app = typer.Typer(
     help="Federated fine-tuning with every aggregation rule, on one real task.",
 )
 
-Preset = Annotated[str, typer.Option(help="A name in integration/presets, or a .toml file.")]
-Out = Annotated[Path, typer.Option(help="Folder for the run's files.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on after the last finished round of this folder.")
-]
-Engine = Annotated[str, typer.Option(help="Where the clients train: local, or flower (its nodes).")]
-SuperLink = Annotated[
-    str | None,
-    typer.Option(help="With flower: HOST:PORT of one that is up; else nodes are simulated."),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Only print what the run would hold, move and take.")
-]
-Tiny = Annotated[
-    bool, typer.Option("--tiny", help="In miniature: a random model, synthetic examples, seconds.")
-]
-
 
 @app.command()
-@with_settings
-def compare(
-    preset: Preset = "quickstart",
-    out: Out = Path("runs/compare"),
-    resume: Resume = False,
-    engine: Engine = "local",
-    superlink: SuperLink = None,
-    dry_run: DryRun = False,
-    tiny: Tiny = False,
-    **flags: Any,
-) -> None:
+@starting(out="runs/compare")
+def compare(start: Start, changes: dict[str, Any]) -> None:
     """Take several rules through the same rounds and compare them."""
-    _start(preset, out, resume, engine, superlink, dry_run, tiny, flags)
+    _run(start, changes)
 
 
 @app.command()
-@with_settings
+@starting(out="runs/run")
 def run(
+    start: Start,
+    changes: dict[str, Any],
     rule: Annotated[str | None, typer.Option(help="The rule; else the preset's.")] = None,
     rules: Annotated[str | None, typer.Option(hidden=True)] = None,
-    preset: Preset = "quickstart",
-    out: Out = Path("runs/run"),
-    resume: Resume = False,
-    engine: Engine = "local",
-    superlink: SuperLink = None,
-    dry_run: DryRun = False,
-    tiny: Tiny = False,
-    **flags: Any,
 ) -> None:
     """Take one rule, or the preset's, through its rounds; one rule's adapter is left in OUT."""
     if rules is not None:
         raise SettingsError("run takes one rule (--rule); compare takes several (--rules)")
-    _start(preset, out, resume, engine, superlink, dry_run, tiny, flags | {"rules": rule})
+    _run(start, changes | {"rules": None if rule is None else (rule,)})
 
 
 @app.command("pretrain")
@@ -152,39 +120,24 @@ def report(
     Console().print(str(write_report(*folders, out=target)))
 
 
-def _start(
-    preset: str,
-    out: Path,
-    resume: bool,
-    engine: str,
-    superlink: str | None,
-    dry_run: bool,
-    tiny: bool,
-    flags: dict[str, Any],
-) -> None:
+def _run(start: Start, changes: dict[str, Any]) -> None:
     """Settings from the flags, then the plan, or the comparison, here or on Flower."""
-    if engine not in ("local", "flower"):
-        raise SettingsError(f"engine must be local or flower, found {engine!r}")
-    if superlink is not None and engine != "flower":
-        raise SettingsError("superlink needs --engine flower")
-    if out.exists() and not out.is_dir():
-        raise SettingsError(f"out must be a folder, found the file {out}")
-    settings = from_preset(preset, **lists(flags))
-    if tiny:
-        settings = in_miniature(settings, out)
-    rules, left_out = choose(settings, explicit=flags["rules"] is not None)
+    settings = from_preset(start.preset, **changes)
+    if start.tiny:
+        settings = in_miniature(settings, start.out)
+    rules, left_out = choose(settings, explicit=changes["rules"] is not None)
     console = Console()
     for line in left_out:
         console.print(line)
     chosen = replace(settings, rules=tuple(rule.name for rule in rules))
-    if dry_run:
+    if start.dry_run:
         show(plan(chosen), console)
         return
     _pretrain_what_is_missing(settings, console)
-    if engine == "flower":
-        flower.run(chosen, out, resume=resume, superlink=superlink)
+    if start.engine == "flower":
+        flower.run(chosen, start.out, resume=start.resume, superlink=start.superlink)
     else:
-        compare_rules(settings, rules, out, console, resume=resume)
+        compare_rules(settings, rules, start.out, console, resume=start.resume)
 
 
 def _pretrain_what_is_missing(settings: Settings, console: Console) -> None:

@@ -1,5 +1,6 @@
 """The command line: flags reach the settings, wrong ones end with exit code 2 and one line."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -8,7 +9,8 @@ import pytest
 
 from integration import __main__ as command_line
 from integration.__main__ import main
-from integration.settings import SettingsError, from_preset
+from integration.flags import Start
+from integration.settings import Settings, SettingsError, from_preset
 
 
 @pytest.fixture
@@ -67,6 +69,9 @@ def test_unequal_ranks_say_what_is_left_out(started, capsys):
         ("compare --seed -1", "seed must be 0 or more, found -1"),
         ("compare --energy 1.5", "energy must be above 0 and at most 1, found 1.5"),
         ("compare --nothing", "--nothing"),
+        ("compare --engine ray", "engine must be local or flower, found 'ray'"),
+        ("compare --superlink 127.0.0.1:1", "superlink needs --engine flower"),
+        ("run --rule fedit,ffa", "unknown rule 'fedit,ffa'; known: fedit"),
         ("run --rules fedit", "run takes one rule (--rule); compare takes several (--rules)"),
         ("report --out nowhere", "nowhere has no summary.json"),
         ("train", "train"),
@@ -80,6 +85,24 @@ def test_wrong_flags_end_with_two_and_one_line(started, capsys, flags, message):
     assert captured.err.count("\n") == 1
     assert message in captured.err
     assert not started
+
+
+@pytest.mark.parametrize("command", ["compare", "run"])
+def test_the_help_has_every_flag(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    settings = {f.name: f.metadata["help"] for f in dataclasses.fields(Settings)}
+    started = {f.name: f.metadata["help"] for f in dataclasses.fields(Start)}
+    tables = {"options", "task_options", "rank_pattern"}
+    hidden = {"rules"} if command == "run" else set()
+    for name in (settings.keys() | started) - tables - hidden:
+        assert f"--{name.replace('_', '-')} " in said, name
+    words = " ".join(said.split())
+    assert settings["learning_rate"] in words
+    assert started["superlink"] in words
+    assert f"[default: runs/{command}]" in words
+    assert "--no-resume" not in said
 
 
 def test_out_must_be_a_folder(started, capsys, tmp_path):
