@@ -9,6 +9,12 @@ import fedlora_kernels as flk
 from integration.compare import choose, compare
 from integration.settings import from_preset
 
+MESSAGES = [
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue."},
+]
+"""A conversation in the form of TRL's data sets."""
+
 
 def miniature(**changes):
     """Two clients, two steps of four (after one, A has not moved: B was 0), a few strings."""
@@ -17,6 +23,20 @@ def miniature(**changes):
     if "epochs" not in changes:
         small |= {"steps": 2}
     return from_preset("quickstart", **(small | changes))
+
+
+def language(**changes):
+    """A federation of a language task on a random model of 3 million parameters."""
+    tiny = {
+        "task": "arithmetic",
+        "config": "llama-tiny",
+        "target_modules": ("q_proj", "v_proj"),
+        "max_tokens": 64,
+        "test_size": 8,
+        "max_new_tokens": 4,
+        "shared_per_class": 0,
+    }
+    return miniature(**(tiny | changes))
 
 
 def run(out, settings, rules=None, **options):
@@ -42,3 +62,11 @@ def timeless(lines):
 def settings_like(settings, **changes):
     """The same settings, unchecked, with changes."""
     return dataclasses.replace(settings, **changes)
+
+
+def written(folder, rows, name="train"):
+    """A folder with the rows of one split of a data set, as JSON lines."""
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(text)
+    return str(folder)

@@ -83,6 +83,22 @@ def test_the_split_does_not_move_when_a_text_comes():
     assert len(set(small.test) & set(large.test)) >= 19
 
 
+def test_a_question_of_the_test_split_is_not_trained_on():
+    """Asked twice with two answers, and word for word twice; a published test split stays whole."""
+    once = [Example(f"question {n}", 0, completion="yes") for n in range(50)]
+    again = [Example(f"question {n}", 0, completion="no") for n in range(50)]
+    made = split("t", ("a",), [*once, *again, *once], test_size=30, kind="language")
+    asked = {example.text for example in made.test}
+    assert len(made.test) == 30
+    assert not asked & {example.text for example in made.train}
+    assert {example.text for example in made.train} == {x.text for x in once} - asked
+    written = [Example("", 0, completion=f"text {n % 40}") for n in range(80)]
+    made = split("t", ("a",), written, test_size=9, kind="language")
+    assert not {x.completion for x in made.test} & {x.completion for x in made.train}
+    own = split("t", ("a",), once, test=again, test_size=50, kind="language")
+    assert (len(own.train), len(own.test)) == (50, 50)
+
+
 def test_a_split_that_does_not_suffice_names_the_class():
     examples = [Example(f"text number {n}", 0) for n in range(10)]
     with pytest.raises(TaskError, match=r"fewer than 2 examples .* of b;"):

@@ -36,7 +36,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "instructions": instructions.load,
 }
 """Name -> loader(test_size=, shared_per_class=, train_size=None, **options); TaskError where it
-fails."""
+fails. Loaders of data sets pass the sizes on to `Table.task`."""
 
 
 def load_task(settings: Settings) -> Task:
@@ -49,7 +49,8 @@ def load_task(settings: Settings) -> Task:
         "shared_per_class": settings.shared_per_class,
         "train_size": settings.train_size,
     }
-    known = [name for name in signature(load).parameters if name not in sizes]
+    parameters = signature(load).parameters.values()
+    known = [x.name for x in parameters if x.kind is x.KEYWORD_ONLY and x.name not in sizes]
     for name in settings.task_options:
         if name not in known:
             raise TaskError(

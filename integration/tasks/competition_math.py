@@ -6,35 +6,21 @@ beyond that are not made up for, so the accuracy is a lower bound.
 
 from __future__ import annotations
 
+from typing import Any
+
 from integration.tasks.answers import boxed, same_box
-from integration.tasks.tables import Row, columns, rows, train_rows
-from integration.tasks.task import Example, Task, split
+from integration.tasks.tables import Row, Table
+from integration.tasks.task import Example, Task
 
 
-def load(
-    *,
-    test_size: int,
-    shared_per_class: int = 0,
-    train_size: int | None = None,
-    source: str = "qwedsacf/competition_math",
-) -> Task:
+def load(*, source: str = "qwedsacf/competition_math", **sizes: Any) -> Task:
     """Read the data set (columns problem, solution, type); TaskError where it is not there."""
-    train, test = train_rows(source), rows(source, "test")
-    columns(train, ("problem", "solution", "type"), source)
-    subjects = tuple(sorted({str(row["type"]) for row in [*train, *(test or [])]}))
+    table = Table.read(source, needs=("problem", "solution", "type"))
+    subjects = table.values("type")
 
     def example(row: Row) -> Example:
         prompt, solution = f"Problem: {row['problem']}\nSolution:", str(row["solution"])
         label = subjects.index(str(row["type"]))
         return Example(prompt, label, completion=f" {solution}", answer=boxed(solution) or "")
 
-    return split(
-        "math",
-        subjects,
-        [example(row) for row in train],
-        test=None if test is None else [example(row) for row in test],
-        test_size=test_size,
-        train_size=train_size,
-        kind="language",
-        right=same_box,
-    )
+    return table.task("math", subjects, example, right=same_box, **sizes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from integration.tasks.tables import columns, rows, train_rows
-from integration.tasks.task import Example, Task, TaskError, split
+from typing import Any
+
+from integration.tasks.tables import Row, Table
+from integration.tasks.task import Example, Task, TaskError
 
 SUBSETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cola": (("sentence",), ("unacceptable", "acceptable")),
@@ -18,14 +20,7 @@ SUBSETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Subset -> columns of the texts, names of the labels. (STS-B is a regression and has no place.)"""
 
 
-def load(
-    *,
-    test_size: int,
-    shared_per_class: int,
-    train_size: int | None = None,
-    subset: str = "sst2",
-    source: str = "nyu-mll/glue",
-) -> Task:
+def load(*, subset: str = "sst2", source: str = "nyu-mll/glue", **sizes: Any) -> Task:
     """Read the subset; its validation split is the test split, as the test labels are not public.
 
     Raises TaskError for an unknown subset, and for a data set that is not there.
@@ -34,25 +29,10 @@ def load(
         raise TaskError(f"task glue: unknown subset {subset!r}; known: {', '.join(SUBSETS)}")
     texts, classes = SUBSETS[subset]
     validation = "validation_matched" if subset == "mnli" else "validation"
-    train, test = train_rows(source, subset), rows(source, validation, subset)
-    columns(train, (*texts, "label"), source)
+    table = Table.read(source, subset, test=validation, needs=(*texts, "label"))
 
-    def examples(found: list[dict[str, object]]) -> list[Example]:
-        return [
-            Example(
-                str(row[texts[0]]),
-                int(str(row["label"])),
-                second=str(row[texts[1]]) if len(texts) > 1 else None,
-            )
-            for row in found
-        ]
+    def example(row: Row) -> Example:
+        first, *second = (str(row[text]) for text in texts)
+        return Example(first, int(row["label"]), second=second[0] if second else None)
 
-    return split(
-        f"glue {subset}",
-        classes,
-        examples([dict(row) for row in train]),
-        test=None if test is None else examples([dict(row) for row in test]),
-        test_size=test_size,
-        shared_per_class=shared_per_class,
-        train_size=train_size,
-    )
+    return table.task(f"glue {subset}", classes, example, kind="classification", **sizes)

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from integration.tasks.answers import after_hashes, same_number
-from integration.tasks.tables import Row, columns, rows, train_rows
-from integration.tasks.task import Example, Task, split
+from integration.tasks.tables import Row, Table
+from integration.tasks.task import Example, Task
 
 
-def load(
-    *,
-    test_size: int,
-    shared_per_class: int = 0,
-    train_size: int | None = None,
-    source: str = "openai/gsm8k",
-) -> Task:
+def load(*, source: str = "openai/gsm8k", **sizes: Any) -> Task:
     """Read the data set (columns question, answer); TaskError where it is not there."""
-    train, test = train_rows(source, "main"), rows(source, "test", "main")
-    columns(train, ("question", "answer"), source)
-    return split(
-        "gsm8k",
-        ("word problems",),
-        [_example(row) for row in train],
-        test=None if test is None else [_example(row) for row in test],
-        test_size=test_size,
-        train_size=train_size,
-        kind="language",
-        right=same_number,
-    )
+    table = Table.read(source, "main", needs=("question", "answer"))
+    return table.task("gsm8k", ("word problems",), _example, right=same_number, **sizes)
 
 
 def _example(row: Row) -> Example:

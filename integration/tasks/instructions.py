@@ -12,31 +12,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from integration.tasks.tables import Row, columns, rows, train_rows
-from integration.tasks.task import Example, Task, TaskError, split
+from integration.tasks.tables import Row, Table
+from integration.tasks.task import Example, Task, TaskError
 
 Turns = tuple[tuple[str, str], ...]
 
 
-def load(
-    *,
-    test_size: int,
-    shared_per_class: int = 0,
-    train_size: int | None = None,
-    source: str = "",
-    topic: str = "",
-) -> Task:
+def load(*, source: str = "", topic: str = "", **sizes: Any) -> Task:
     """Read the data set `source`; `topic` is the column by which clients may differ.
 
     Raises TaskError where it is not there or has other columns.
     """
     if not source:
         raise TaskError("task instructions needs the option source: a hub id, a folder or a file")
-    train, test = train_rows(source), rows(source, "test")
-    if topic:
-        columns(train, (topic,), source)
-    both = [*train, *(test or [])]
-    topics = tuple(sorted({str(row[topic]) for row in both})) if topic else ("instructions",)
+    table = Table.read(source, needs=(topic,) if topic else ())
+    topics = table.values(topic) if topic else ("instructions",)
 
     def example(row: Row) -> Example:
         prompt, completion = _parts(row, source)
@@ -45,15 +35,7 @@ def load(
             return Example(prompt, label, completion=completion)
         return Example("", label, completion=completion, turns=prompt)
 
-    return split(
-        "instructions",
-        topics,
-        [example(row) for row in train],
-        test=None if test is None else [example(row) for row in test],
-        test_size=test_size,
-        train_size=train_size,
-        kind="language",
-    )
+    return table.task("instructions", topics, example, **sizes)
 
 
 dolly: Callable[..., Task] = partial(

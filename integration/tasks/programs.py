@@ -12,9 +12,10 @@ import resource
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
-from integration.tasks.tables import Row, columns, rows, train_rows
-from integration.tasks.task import Example, Task, split
+from integration.tasks.tables import Row, Table
+from integration.tasks.task import Example, Task, TaskError
 
 TIMEOUT = 5
 MEMORY = 1 << 30
@@ -22,48 +23,36 @@ MEMORY = 1 << 30
 
 def load(
     *,
-    test_size: int,
-    shared_per_class: int = 0,
-    train_size: int | None = None,
     source: str = "google-research-datasets/mbpp",
     test_source: str = "",
     run_code: bool = False,
+    **sizes: Any,
 ) -> Task:
     """Read a data set with the columns of MBPP (text, code, test_list) or of HumanEval (prompt,
     canonical_solution, test, entry_point); TaskError where it is not there or has others.
 
     `test_source` is where the test split comes from: HumanEval has no other, so one trains on MBPP.
     """
-    train, test = train_rows(source), rows(test_source or source, "test")
-    return split(
-        "programs",
-        ("programs",),
-        _examples(train, source),
-        test=None if test is None else _examples(test, test_source or source),
-        test_size=test_size,
-        train_size=train_size,
-        kind="language",
-        right=passes if run_code else None,
+    table = Table.read(source, test_source=test_source or None)
+    right = passes if run_code else None
+    return table.task("programs", ("programs",), _example, right=right, **sizes)
+
+
+def _example(row: Row) -> Example:
+    """Of a row in either format."""
+    if row.keys() >= {"prompt", "canonical_solution", "test", "entry_point"}:
+        tests = f"{row['test']}\ncheck({row['entry_point']})"
+        return Example(
+            str(row["prompt"]), 0, completion=str(row["canonical_solution"]), answer=tests
+        )
+    if row.keys() >= {"text", "code", "test_list"}:
+        tests = "\n".join(str(test) for test in row["test_list"])
+        prompt = f'"""\n{row["text"]}\n{tests}\n"""\n'
+        return Example(prompt, 0, completion=str(row["code"]), answer=tests)
+    raise TaskError(
+        f"task programs: a row has the columns {', '.join(sorted(row))}; expected text, code and "
+        "test_list, or prompt, canonical_solution, test and entry_point"
     )
-
-
-def _examples(found: list[Row], source: str) -> list[Example]:
-    human = "canonical_solution" in found[0]
-    needed = ("prompt", "canonical_solution", "test", "entry_point")
-    columns(found, needed if human else ("text", "code", "test_list"), source)
-    return [(_human_eval if human else _mbpp)(row) for row in found]
-
-
-def _mbpp(row: Row) -> Example:
-    tests = "\n".join(str(test) for test in row["test_list"])
-    prompt = f'"""\n{row["text"]}\n{tests}\n"""\n'
-    return Example(prompt, 0, completion=str(row["code"]), answer=tests)
-
-
-def _human_eval(row: Row) -> Example:
-    prompt = str(row["prompt"])
-    tests = f"{row['test']}\ncheck({row['entry_point']})"
-    return Example(prompt, 0, completion=str(row["canonical_solution"]), answer=tests)
 
 
 def passes(example: Example, text: str) -> bool:

@@ -1,12 +1,15 @@
-"""Rows of a data set, by hub id or from files on the disk, through Hugging Face's `datasets`."""
+"""Data sets, by hub id or from files on the disk, through Hugging Face's `datasets`: their rows,
+and the task that they make.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from integration.tasks.task import TaskError
+from integration.tasks.task import Example, Task, TaskError, split
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -53,12 +56,67 @@ def rows(source: str, split: str, subset: str | None = None) -> list[Row] | None
     return list(found)
 
 
-def train_rows(source: str, subset: str | None = None) -> list[Row]:
-    """The rows of the split "train"; TaskError where there is none."""
-    found = rows(source, "train", subset)
-    if not found:
-        raise TaskError(f"data set {source!r} has no split 'train'")
-    return found
+@dataclass(frozen=True)
+class Table:
+    """A data set's rows: those to train on, and those of its own test split, where it has one."""
+
+    source: str
+    train: list[Row]
+    test: list[Row] | None
+
+    @classmethod
+    def read(
+        cls,
+        source: str,
+        subset: str | None = None,
+        *,
+        test: str = "test",
+        test_source: str | None = None,
+        needs: Iterable[str] = (),
+    ) -> Table:
+        """Read the split "train" and the split `test`, that one from `test_source` where given.
+
+        Raises TaskError where there is none to train on, or the rows lack a column of `needs`.
+        """
+        train = rows(source, "train", subset)
+        if not train:
+            raise TaskError(f"data set {source!r} has no split 'train'")
+        found = rows(test_source or source, test, subset)
+        columns(train, needs, source)
+        columns(found or train, needs, test_source or source)
+        return cls(source, train, found)
+
+    def values(self, column: str) -> tuple[str, ...]:
+        """What stands in a column, in the alphabet's order, without repetitions."""
+        return tuple(sorted({str(row[column]) for row in [*self.train, *(self.test or [])]}))
+
+    def task(
+        self,
+        name: str,
+        classes: tuple[str, ...],
+        example: Callable[[Row], Example],
+        *,
+        test_size: int,
+        shared_per_class: int = 0,
+        train_size: int | None = None,
+        kind: Literal["classification", "language"] = "language",
+        right: Callable[[Example, str], bool] | None = None,
+    ) -> Task:
+        """Every row's example, split into a task; `split` says what the sizes are.
+
+        Language tasks have no head that a shared split would make, so they get none.
+        """
+        return split(
+            name,
+            classes,
+            map(example, self.train),
+            test=None if self.test is None else [example(row) for row in self.test],
+            test_size=test_size,
+            shared_per_class=shared_per_class if kind == "classification" else 0,
+            train_size=train_size,
+            kind=kind,
+            right=right,
+        )
 
 
 def columns(found: Iterable[Row], needed: Iterable[str], source: str) -> None:

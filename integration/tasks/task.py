@@ -75,13 +75,17 @@ def split(
 
     In hash order the first `test_size` examples are the test split (of `test`, where the task comes
     with a test split of its own), the next `shared_per_class` of every class are the shared split
-    and the rest, at most `train_size`, is the training split.
+    and the rest, at most `train_size`, is the training split. What asks the same as a test example
+    is left out of it (a question that is there twice, with two answers); a test split of the task's
+    own is taken as it was published, and the training examples beside it too.
 
     Raises TaskError where the examples do not suffice.
     """
     ordered = _in_hash_order(examples)
     if test is None:
-        chosen, rest = ordered[:test_size], ordered[test_size:]
+        chosen = ordered[:test_size]
+        asked = set(map(_asked, chosen))
+        rest = [example for example in ordered[test_size:] if _asked(example) not in asked]
     else:
         chosen, rest = _in_hash_order(test)[:test_size], ordered
     taken: Counter[int] = Counter()
@@ -111,11 +115,16 @@ def hashed(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _in_hash_order(examples: Iterable[Example]) -> list[Example]:
-    def key(example: Example) -> bytes:
-        conversation = "".join(content for _, content in example.turns)
-        return hashed(
-            conversation + example.text + (example.second or "") + (example.completion or "")
-        )
+def _read(example: Example) -> str:
+    """Everything that the model reads of an example."""
+    conversation = "".join(content for _, content in example.turns)
+    return conversation + example.text + (example.second or "")
 
-    return sorted(examples, key=key)
+
+def _asked(example: Example) -> str | None:
+    """What two examples that ask the same have in common."""
+    return _read(example) or example.completion
+
+
+def _in_hash_order(examples: Iterable[Example]) -> list[Example]:
+    return sorted(examples, key=lambda x: hashed(_read(x) + (x.completion or "")))
