@@ -138,6 +138,7 @@ def _rounds(
                     first=first,
                     on_step=partial(bars.advance, bar),
                     on_round=told,
+                    warn=lambda warning: console.print(f"warning: {warning}"),
                 )
                 folder = _folder(out, rule, rules, seed, settings)
                 records.write_adapters(folder, server.final(), server.personal())

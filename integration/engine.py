@@ -17,6 +17,12 @@ from integration.partition import participants
 from integration.server import Server
 from integration.trainer import LocalTrainer, Moments
 
+NEW_MOMENTS = (
+    "AdamW's moments ended with Flower's nodes, its clients begin with new ones: what follows is "
+    "right, but not bit for bit what an unbroken run would have given"
+)
+"""The warning of a resumed run whose clients keep their moments, but not there."""
+
 
 class Engine(Protocol):
     """One rule's way to its clients."""
@@ -35,8 +41,8 @@ class Engine(Protocol):
     def state(self) -> dict[str, Any]:
         """What the next round needs, as plain tensors and JSON types."""
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+    def restore(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on from a state, also one of another engine; warnings of what it lacks."""
 
 
 class LocalEngine:
@@ -80,16 +86,18 @@ class LocalEngine:
         """The clients' moments, where they keep them."""
         return {"moments": [[*key, moments] for key, moments in self._moments.items()]}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with these moments."""
+    def restore(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on with these moments; a run that was begun on Flower has left none."""
         device = self._federation.model.device
         self._moments = {
             (number, trains): {
                 place: {name: _placed(name, x, device) for name, x in moment.items()}
                 for place, moment in moments.items()
             }
-            for number, trains, moments in state["moments"]
+            for number, trains, moments in state.get("moments", ())
         }
+        keep = self._federation.settings.optimizer_state == "keep"
+        return [NEW_MOMENTS] if keep and "moments" not in state else []
 
 
 def _placed(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

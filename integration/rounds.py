@@ -26,17 +26,21 @@ def take_through(
     first: FirstRound,
     on_step: Callable[[], None] = lambda: None,
     on_round: Callable[[list[Round]], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> list[Round]:
     """The records of all rounds; those before the state in `path` are read from there.
 
     `on_round` is told the records so far, after they are on the disk. Every rule starts from the
-    same model, data and seeds, so rules that train the same factors share the first round.
+    same model, data and seeds, so rules that train the same factors share the first round. `warn`
+    is told what keeps a run that goes on from the bits of one that was never stopped.
     """
     rounds: list[Round] = []
     if (state := read_state(path)) is not None:
         rounds, of_server, of_engine = state
         server.restore(of_server)
-        engine.restore(of_engine)
+        for warning in engine.restore(of_engine):
+            if len(rounds) < federation.settings.rounds:
+                warn(f"{server.rule.name}: {warning}")
         on_round(rounds)
     for number in range(len(rounds) + 1, federation.settings.rounds + 1):
         trains = server.trains(number)

@@ -29,6 +29,7 @@ WORDS = ("river", "stone", "apple", "green", "seven", "window", "market", "lette
 def tiny(settings: Settings, folder: Path) -> Settings:
     """The same run in miniature; writes what it needs into `folder`."""
     ranks, clients = _ranks(settings)
+    batch, micro = min(settings.batch_size, 4), settings.micro_batch_size
     options, test_size = dict(settings.task_options), 12
     if settings.task in ROWS:
         _write_data(settings, folder / "data")
@@ -46,7 +47,8 @@ def tiny(settings: Settings, folder: Path) -> Settings:
         rounds=min(settings.rounds, 2),
         steps=None if settings.steps is None else min(settings.steps, 2),
         epochs=None if settings.epochs is None else 1,
-        batch_size=min(settings.batch_size, 4),
+        batch_size=batch,
+        micro_batch_size=None if micro is None else max(1, min(micro, batch // 2)),
         max_tokens=min(settings.max_tokens, 48),
         max_new_tokens=4,
         test_size=test_size,

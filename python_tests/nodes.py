@@ -99,8 +99,8 @@ def lines(out):
     return [{k: v for k, v in entry.items() if not k.endswith("_ms")} for entry in rounds]
 
 
-def take(out, settings, engine=LocalEngine, **more):
+def take(out, settings, engine=LocalEngine, console=None, **more):
     """Run all rules of the settings; the lines of metrics.jsonl."""
     rules, _ = choose(settings, explicit=True)
-    compare(settings, rules, out, Console(quiet=True), engine=engine, **more)
+    compare(settings, rules, out, console or Console(quiet=True), engine=engine, **more)
     return lines(out)

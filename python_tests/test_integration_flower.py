@@ -1,11 +1,14 @@
 """Flower: the local engine's own bits, whatever the rule; what is sent once; runs resumed."""
 
+import io
 from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from integration.engine import LocalEngine
 from integration.tasks import stdlib_chapters
 
 pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")
@@ -99,21 +102,44 @@ def test_a_node_that_was_started_again_gets_all_merged_updates(tmp_path):
     assert found[:2] == local[:2]
 
 
-def test_a_run_on_flower_is_resumed(tmp_path):
-    """Killed between two rounds: the nodes stay up and hold what they were sent."""
-    settings = tiny(rules=("flora", "fedsa"), rounds=3)
-    take(tmp_path / "unbroken", settings)
-    nodes = Nodes(3)
+def killed_before(last, rule, nodes, settings, out):
+    """A run whose server ends between two rounds, before the rule's last one."""
 
     class Killed(FlowerEngine):
         def train(self, server, number, on_step):
-            if number == 3 and server.rule.name == "flora":
+            if number == last and server.rule.name == rule:
                 raise KeyboardInterrupt
             return super().train(server, number, on_step)
 
-    out = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
         take(out, settings, partial(Killed, nodes, settings))
-    take(out, settings, on(nodes, settings), resume=True)
+
+
+def test_a_run_on_flower_is_resumed(tmp_path):
+    """Flower gives the run that goes on new contexts, on nodes that stayed up too."""
+    settings = tiny(rules=("flora", "fedsa"), rounds=3)
+    take(tmp_path / "unbroken", settings)
+    out = tmp_path / "killed"
+    killed_before(3, "flora", Nodes(3), settings, out)
+    take(out, settings, on(Nodes(3), settings), resume=True)
     assert lines(out) == lines(tmp_path / "unbroken")
     assert_same_bits(adapters(out), adapters(tmp_path / "unbroken"))
+
+
+@pytest.mark.parametrize("goes_on", ["flower", "local"])
+def test_moments_that_ended_with_the_nodes_are_warned_of(tmp_path, goes_on):
+    """The rule that was stopped begins with new ones; one that had not begun loses nothing."""
+    settings = tiny(rules=("fedit", "ffa"), optimizer_state="keep")
+    whole = {line["rule"]: line for line in take(tmp_path / "unbroken", settings)}
+    out = tmp_path / "killed"
+    killed_before(2, "fedit", Nodes(3), settings, out)
+    engine = on(Nodes(3), settings) if goes_on == "flower" else LocalEngine
+    console = Console(file=io.StringIO(), width=300)
+    resumed = take(out, settings, engine, console, resume=True)
+    said = console.file.getvalue()
+    assert said.count("warning: ") == 1
+    assert "warning: fedit: AdamW's moments ended with Flower's nodes" in said
+    last = {line["rule"]: line for line in resumed}
+    assert last["ffa"] == whole["ffa"]
+    assert last["fedit"]["loss"] != whole["fedit"]["loss"]
+    assert last["fedit"]["loss"] == pytest.approx(whole["fedit"]["loss"], rel=0.1)

@@ -150,6 +150,9 @@ def test_the_miniature_keeps_what_the_preset_is_about(name, tmp_path):
     assert small.heterogeneous == settings.heterogeneous
     ordered = sorted(settings.ranks) == list(settings.ranks)
     assert list(small.ranks) == sorted(small.ranks, reverse=not ordered)
+    assert (small.micro_batch_size is None) == (settings.micro_batch_size is None)
+    if small.micro_batch_size is not None:
+        assert 1 <= small.micro_batch_size < small.batch_size, "a step has several micro-batches"
     assert small.init == "random"
     assert settings.init == "pretrained"
     shape = json.loads((tmp_path / "config.json").read_text())

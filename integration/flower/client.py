@@ -1,9 +1,9 @@
 """The ClientApp: one round of the local engine's own training on a Flower node.
 
 A node is client number `partition-id` of its node config. Everything else comes with the message,
-so a node may start, stop and come back at any time. What stays on the node, in its context, is what
-belongs to the client or was sent once: the updates merged into its base, AdamW's moments where it
-keeps them.
+so a node may start, stop and come back at any time. What stays on the node, in its context and for
+as long as the run lasts, is what belongs to the client or was sent once: the updates merged into
+its base, AdamW's moments where it keeps them.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class _Kept:
     """The node's records of one seed and rule; those of others are dropped.
 
     merged/RULE/SEED/NUMBER           an update that the clients merge into their base
-    moments/SEED/RULE/TRAINS/ROUND    AdamW's state after a round; of round 1 RULE is empty, because
-                                      rules that train the same factors share their first round
+    moments/SEED/RULE/TRAINS          AdamW's state after the last round; of round 1 RULE is empty,
+                                      as rules that train the same factors share their first round
     """
 
     def __init__(self, state: RecordDict, seed: int, rule: str) -> None:
@@ -155,24 +155,16 @@ class _Kept:
         """AdamW's state after the client's last round before `number`."""
         from integration.flower.messages import read_moments
 
-        for earlier in range(number - 1, 0, -1):
+        for earlier in (number - 1, 1) if number > 1 else ():
             if (record := self._state.array_records.get(self._key(earlier, trains))) is not None:
                 return read_moments(record, device)
         return None
 
     def keep(self, number: int, trains: str, moments: Moments) -> None:
-        """Store the state after round `number`; only the one before it is kept beside it.
-
-        The one before is what a server that was killed in this round asks for again.
-        """
+        """Store the state after round `number`, in place of earlier ones."""
         from integration.flower.messages import write_moments
 
-        mine = f"moments/{self._seed}/{self._rule}/{trains}/"
-        rounds = sorted(int(key[len(mine) :]) for key in self._state if key.startswith(mine))
-        for earlier in [earlier for earlier in rounds if earlier != number][:-1]:
-            del self._state[f"{mine}{earlier}"]
         self._state[self._key(number, trains)] = write_moments(moments)
 
     def _key(self, number: int, trains: str) -> str:
-        rule = "" if number == 1 else self._rule
-        return f"moments/{self._seed}/{rule}/{trains}/{number}"
+        return f"moments/{self._seed}/{'' if number == 1 else self._rule}/{trains}"

@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 
 import fedlora_kernels as flk
 from integration.client import Client, Update
+from integration.engine import NEW_MOMENTS
 from integration.federation import Federation
 from integration.flower.messages import MessageError, read_tensors, write_adapter
 from integration.packing import unpack
@@ -108,11 +109,13 @@ class FlowerEngine:
         self.transfer_ms = 0.0
 
     def state(self) -> dict[str, Any]:
-        """Nothing: the nodes keep their own."""
+        """Nothing: the nodes keep their own, for as long as the run lasts."""
         return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nodes that stayed up still hold their parts; what they hold is not assumed."""
+    def restore(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on with nodes that hold nothing: Flower gives every run new contexts on its nodes."""
+        keep = self._federation.settings.optimizer_state == "keep"
+        return [NEW_MOMENTS] if keep else []
 
     # ---- nodes ---------------------------------------------------------------------------------
 
