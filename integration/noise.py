@@ -27,6 +27,7 @@ def within_noise(values: Sequence[float], others: Sequence[float]) -> bool:
     """Whether the 95 % interval of the mean difference, seed by seed, contains 0.
 
     Pairs: with one seed two rules share data, start and draws, so what a seed does to both cancels.
+    There is no correction for the number of rules: among many equal ones some are told apart.
     """
     differences = [one - other for one, other in zip(values, others, strict=True)]
     return abs(sum(differences) / len(differences)) <= interval(differences)

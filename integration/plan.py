@@ -26,6 +26,7 @@ from integration.client import Client
 from integration.model import PREFIX, peft_config
 from integration.partition import participants, partition
 from integration.published import published
+from integration.server import AVERAGES, trained
 from integration.settings import Settings, SettingsError
 from integration.tasks import TASKS, Task, load_task
 
@@ -219,31 +220,34 @@ def _shape(
 def _traffic(planned: Plan, rule: flk.Rule) -> Traffic:
     """What the participants of a round send and receive; a mean where they differ by round."""
     settings, modules, ranks = planned.settings, planned.modules, planned.ranks
-    rounds = [participants(settings, number) for number in range(1, min(settings.rounds, 20) + 1)]
-
+    numbers = range(1, min(settings.rounds, 20) + 1)
     head = 0 if rule.personal else FLOAT * planned.head
 
-    def size(rank: int, module: str) -> int:
-        return FLOAT * planned.size(module, rank, rule.sends)
+    def moving(number: int) -> str:
+        """The factors that change: a fixed one stays where it is (RoLoRA)."""
+        return trained(rule, settings, number) if rule.sends == "both" else rule.sends
 
-    def received(asked: list[int], module: str) -> int:
+    def size(rank: int, module: str, factors: str) -> int:
+        return FLOAT * planned.size(module, rank, factors)
+
+    def received(asked: list[int], module: str, factors: str) -> int:
         own = [ranks[settings.ranks[k]][module] for k in asked]
         stacked = sum(own)
         if rule.receives in ("leading", "own"):
-            return sum(size(rank, module) for rank in own)
+            return sum(size(rank, module, rule.sends) for rank in own)
         wide = {"flora": stacked, "florist": min(stacked, *modules[module])}
         if rule.name == "fedex":  # the averages, and their residual of the stacked rank at most
             wide["fedex"] = 2 * max(own) + stacked
-        return len(asked) * size(wide.get(rule.name, max(own)), module)
+        factors = factors if rule.name in AVERAGES else rule.sends
+        return len(asked) * size(wide.get(rule.name, max(own)), module, factors)
 
-    up = [
-        len(asked) * head
-        + sum(size(ranks[settings.ranks[k]][module], module) for k in asked for module in modules)
-        for asked in rounds
-    ]
-    down = [
-        len(asked) * head + sum(received(asked, module) for module in modules) for asked in rounds
-    ]
+    up, down = [], []
+    for number in numbers:
+        asked, factors = participants(settings, number), moving(number)
+        heads = len(asked) * head
+        own = [(ranks[settings.ranks[k]][module], module) for k in asked for module in modules]
+        up.append(heads + sum(size(rank, module, factors) for rank, module in own))
+        down.append(heads + sum(received(asked, module, factors) for module in modules))
     bound = rule.name in ("florist", "fedex")
     return Traffic(rule.name, round(fmean(up)), round(fmean(down)), bound)
 

@@ -19,6 +19,8 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+import torch
+
 import fedlora_kernels as flk
 from fedlora_kernels.inspection import inspect
 from integration.client import Client, Update
@@ -31,6 +33,9 @@ from integration.total import total
 
 SPECTRUM = 16
 """So many singular values of every module are recorded."""
+
+AVERAGES = ("fedit",)
+"""Rules that average each factor by itself, so that a fixed one comes out as it went in."""
 
 Judge = Callable[..., Score]
 """(adapters..., client=None) -> score on the test split, or on the client's own test examples."""
@@ -54,9 +59,7 @@ class Server:
 
     def trains(self, number: int) -> str:
         """The factors that the clients train in round `number`: "both", "a" or "b"."""
-        if self.rule.trains == "both" and self._settings.freeze == "alternate":
-            return "b" if number % 2 else "a"
-        return self.rule.trains
+        return trained(self.rule, self._settings, number)
 
     def start(self, client: Client, number: int) -> flk.Adapter:
         """What a client starts round `number` from."""
@@ -83,9 +86,9 @@ class Server:
         weights = [float(update.examples) for update in updates]
         adapters = [update.adapter for update in updates]
         options = self._settings.options.get(self.rule.name, {})
-        begun = perf_counter()
+        begun = self._now()
         result = flk.aggregate(adapters, rule=self.rule.name, weights=weights, **options)
-        aggregated = perf_counter()
+        aggregated = self._now()
         average = None
         if not self._settings.heterogeneous and not adapters[0].vera:
             average = flk.aggregate(adapters, rule="fedit", weights=weights)
@@ -95,6 +98,7 @@ class Server:
         scores = self._scores(result, average, updates, judge) if due else {}
         judged = perf_counter()
         report = result.report
+        up, down = self._traffic(number, result, adapters)
         averaging = None if average is None else average.report
         record = Round(
             rule=self.rule.name,
@@ -105,8 +109,8 @@ class Server:
             svd_floor=report.svd_floor,
             averaging_error=None if averaging is None else averaging.relative_error,
             rank=report.mean_rank,
-            bytes_up=sum(result.bytes_up),
-            bytes_down=sum(result.bytes_down),
+            bytes_up=up,
+            bytes_down=down,
             train_loss=sum(u.loss * u.examples for u in updates) / sum(weights),
             training_ms=1e3 * sum(update.seconds for update in updates),
             aggregation_ms=1e3 * (aggregated - begun),
@@ -125,6 +129,29 @@ class Server:
         )
         self._go_on(result, updates)
         return record
+
+    def _traffic(
+        self, number: int, result: flk.Aggregation, adapters: Sequence[flk.Adapter]
+    ) -> tuple[int, int]:
+        """Bytes of the round up from its clients and down to them.
+
+        A factor that the clients held fixed is the one that they were sent: it does not go up, and
+        not down again where it is averaged with itself.
+        """
+        up, down = sum(result.bytes_up), sum(result.bytes_down)
+        trains = self.trains(number)
+        if trains != "both" and self.rule.sends == "both":
+            fixed = "b" if trains == "a" else "a"
+            up -= sum(_bytes(adapter, fixed) for adapter in adapters)
+            if self.rule.name in AVERAGES:
+                down -= len(adapters) * _bytes(result.adapter, fixed)
+        return up, down
+
+    def _now(self) -> float:
+        """Seconds, after what a GPU was asked to do is done."""
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        return perf_counter()
 
     def _scores(
         self,
@@ -220,6 +247,18 @@ class Server:
         self.own = {number: here(packed) for number, packed in state["own"].items()}
         self.merged = [here(packed) for packed in state["merged"]]
         self._model.merge(*self.merged)
+
+
+def trained(rule: flk.Rule, settings: Settings, number: int) -> str:
+    """The factors that the clients of a rule train in round `number`: "both", "a" or "b"."""
+    if rule.trains == "both" and settings.freeze == "alternate":
+        return "b" if number % 2 else "a"
+    return rule.trains
+
+
+def _bytes(adapter: flk.Adapter, side: str) -> int:
+    """Of one factor of every module, "a" or "b"."""
+    return sum(getattr(factors, side).nbytes for factors in adapter.factors.values())
 
 
 def _spectra(adapters: Sequence[flk.Adapter], weights: Sequence[float]) -> dict[str, list[float]]:

@@ -16,6 +16,7 @@ from integration.engine import LocalEngine
 from integration.federation import Federation
 from integration.noise import interval, within_noise
 from integration.partition import own_tests, participants, partition
+from integration.plan import plan
 from integration.server import Server
 from integration.settings import SettingsError
 from integration.state import read_state, write_state
@@ -167,6 +168,11 @@ def test_alternating_freezes_one_factor_and_makes_averaging_exact(small):
             assert same(update.adapter, starts[update.client], frozen)
             assert not same(update.adapter, starts[update.client], moved)
         assert record.relative_error < 1e-5
+        sizes = [getattr(x, moved).nbytes for x in starts[0].factors.values()]
+        assert record.bytes_up == record.bytes_down == 3 * sum(sizes), "the frozen one stays"
+    (expected,) = plan(small(freeze="alternate", clients=3, rounds=3, rules=("fedit",))).traffic
+    assert expected.up == pytest.approx(sum(x.bytes_up for *_, x in given) / 3, abs=1)
+    assert expected.down == expected.up
     _, _, _, both = go(small(clients=3, rounds=3), "fedit", 3)
     assert both[-1][2].relative_error > 100 * given[-1][2].relative_error
 
