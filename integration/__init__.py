@@ -30,7 +30,7 @@ What is left of it
     summary.py      summary.json, what every rule comes to; noise.py has intervals over seeds
     table.py        the table at the end
     report.py       report.html of one or several runs: series.py reads them, charts.py and
-                    module_charts.py draw
+                    module_charts.py draw, with what panels.py has
     tracking.py     the same rounds for TensorBoard and Weights & Biases
 
 Before it

@@ -15,7 +15,8 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from integration.charts import INK, STYLE, Rounds, note, panels, svg
+from integration.panels import INK, STYLE, note, panels, svg
+from integration.series import Rounds
 
 ROUNDS = 8
 """So many rounds are drawn at most, evenly chosen, the last one among them."""
