@@ -136,7 +136,8 @@ class Server:
         """Bytes of the round up from its clients and down to them.
 
         A factor that the clients held fixed is the one that they were sent: it does not go up, and
-        not down again where it is averaged with itself.
+        not down again where it is averaged with itself. What is merged counts once for each client
+        of the round; those that sat it out are sent it when they come back, which no round counts.
         """
         up, down = sum(result.bytes_up), sum(result.bytes_down)
         trains = self.trains(number)
