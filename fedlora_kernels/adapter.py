@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedlora_kernels import folder, ops, peft_format
+from fedlora_kernels.ops import checks
 from fedlora_kernels.peft_format import PREFIX, Config
 
 CONFIG_FILE = "adapter_config.json"
@@ -106,7 +107,7 @@ class Adapter:
             if (where / "adapter_model.bin").is_file():
                 hint = " (found adapter_model.bin: save it again with safe_serialization=True)"
             raise AdapterError(f"{path} {what}{hint}; expected a PEFT adapter folder") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
             raise AdapterError(f"{path}: {CONFIG_FILE} is not valid JSON: {error}") from None
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{path}: {WEIGHTS_FILE} cannot be read: {error}") from None
@@ -180,16 +181,23 @@ class Adapter:
         for key, tensor in tensors.items():
             _refuse_tensor(who, key, tensor)
             if found := peft_format.LORA_KEY.match(key):
-                pairs.setdefault(found["module"], {})[found["side"]] = tensor
+                sides = pairs.setdefault(found["module"], {})
             elif found := peft_format.EMBEDDING_KEY.match(key):
-                pairs.setdefault(found["module"], {})[found["side"]] = tensor
+                sides = pairs.setdefault(found["module"], {})
                 embeddings.add(found["module"])
             elif found := peft_format.VERA_KEY.match(key):
-                vectors.setdefault(found["module"], {})[found["side"]] = tensor
+                sides = vectors.setdefault(found["module"], {})
             else:
                 extras[key] = tensor
+                continue
+            if found["side"] in sides:  # with PEFT's prefix and without, or embedding and linear
+                raise AdapterError(f"{who}, module {found['module']}: {key} is there twice")
+            sides[found["side"]] = tensor
         if not pairs and not vectors:
-            raise AdapterError(f"{who}: {WEIGHTS_FILE} holds no LoRA factors and no VeRA vectors")
+            raise AdapterError(
+                f"{who}: {WEIGHTS_FILE} holds no LoRA factors and no VeRA vectors under PEFT's "
+                f"names, found {peft_format.listed(sorted(tensors)) or 'no tensor'}"
+            )
         _refuse_non_finite(who, tensors)
         factors = {
             module: _factors(who, module, sides, config, module in embeddings)
@@ -238,6 +246,8 @@ class Adapter:
         save_file(owned, made / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps(self.config, indent=2, sort_keys=True)
         (made / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        # safetensors makes files that only their owner may read.
+        (made / WEIGHTS_FILE).chmod((made / CONFIG_FILE).stat().st_mode)
 
     def delta(self, module: str) -> Tensor:
         """The dense update ``scaling * B @ A`` of one module, [m,n] float64.
@@ -285,6 +295,12 @@ class Adapter:
 
 
 def _refuse_tensor(who: str, key: str, tensor: Tensor) -> None:
+    if not key.isprintable():
+        raise AdapterError(f"{who}: the tensor name {key!r} holds unprintable characters")
+    if tensor.is_floating_point() and tensor.dtype not in checks.FACTOR_DTYPES:
+        raise AdapterError(
+            f"{who}, tensor {key}: {tensor.dtype}, expected bfloat16, float16, float32 or float64"
+        )
     if key.endswith(".lora_magnitude_vector") or ".lora_magnitude_vector." in key:
         raise AdapterError(
             f"{who}: {key}: DoRA magnitudes rescale the whole weight, which no pair of factors "
@@ -333,7 +349,7 @@ def _factors(
         raise AdapterError(
             f"{who}, module {module}: convolutions are not supported, found {shapes}"
         )
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*b.shape, *a.shape):
         raise AdapterError(f"{who}, module {module}: found {shapes}, expected [m,r] and [r,n]")
     if not (a.is_floating_point() and b.is_floating_point()):
         raise AdapterError(f"{who}, module {module}: factors are {b.dtype} and {a.dtype}")

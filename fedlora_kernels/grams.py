@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import ops
+from fedlora_kernels.adapter import AdapterError
 from fedlora_kernels.ops.spectrum import magnitude, negligible, right_of_left
 from fedlora_kernels.stack import Batch
 
@@ -56,6 +57,28 @@ class Grams:
             precision=precision,
         )
 
+    def check(self) -> None:
+        """Refuse what no float64 Gram matrix holds.
+
+        NaN and Inf in live adapters (files are checked when read) show on the diagonals.
+
+        Raises:
+            AdapterError: names the first such client and module.
+        """
+        b, a = (gram.diagonal(dim1=-2, dim2=-1) for gram in (self.b, self.a))
+        squares = b * self.scale.square() * a * b.shape[1] ** 2
+        for values, problem in (
+            (b, "B holds NaN, Inf or numbers too large to square"),
+            (a, "A holds NaN, Inf or numbers too large to square"),
+            (squares, "the square of scaling B A overflows float64"),
+        ):
+            bad = (~values.isfinite()).double() @ self.membership
+            if bool(bad.any()):
+                module, client = (int(index) for index in bad.nonzero()[0])
+                raise AdapterError(
+                    f"{self.labels[client]}, module {self.modules[module]}: {problem}"
+                )
+
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sigma [L,R], ||dW||^2 [L], left [L,R,R], right [L,R,R] (see ops.spectrum)."""
@@ -89,8 +112,12 @@ class Grams:
     @cached_property
     def energy(self) -> Tensor:
         """||dW||^2 = <D G_B D, G_A>, and 0 where the clients cancel to rounding: [L] float64."""
-        squared = (self.scale[:, None, :] @ self.products @ self.scale[:, :, None]).flatten()
+        squared = self.squared_norm(self.scale)
         return squared.where(squared > self.noise, 0)
+
+    def squared_norm(self, diagonal: Tensor) -> Tensor:
+        """||B diag(e) A||^2 = e^T (G_B o G_A) e for e [L,R]: [L] float64."""
+        return (diagonal[:, None, :] @ self.products @ diagonal[:, :, None]).flatten()
 
     @cached_property
     def products(self) -> Tensor:

@@ -80,7 +80,7 @@ class CurvePoint:
 def report(grams: Grams, solution: Solution) -> Report:
     """The report of one batch, from its Grams and coefficients."""
     total = grams.energy
-    error = relative(grams.error(*solution.pair), grams)
+    error = relative(solution.error(grams), grams)
     ranks = solution.ranks
     floor = svd_floor(grams, ranks)
     columns = zip(
