@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import clients, folder, peft_format
-from fedlora_kernels.adapter import WRITTEN, Adapter, AdapterError, Factors
+from fedlora_kernels.adapter import WRITTEN, Adapter
+from fedlora_kernels.factors import AdapterError, Factors
 from fedlora_kernels.grams import Grams
 from fedlora_kernels.report import CurvePoint, Report, curve, report
 from fedlora_kernels.rules import Rule, rules

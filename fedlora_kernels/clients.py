@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import ops, peft_format
-from fedlora_kernels.adapter import Adapter, AdapterError
+from fedlora_kernels.adapter import Adapter
+from fedlora_kernels.factors import AdapterError
 from fedlora_kernels.peft_format import label
 from fedlora_kernels.report import ModuleReport, Report
 from fedlora_kernels.rules import Rule

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import ops
-from fedlora_kernels.adapter import AdapterError
+from fedlora_kernels.factors import AdapterError
 from fedlora_kernels.ops.spectrum import magnitude, negligible, right_of_left
 from fedlora_kernels.stack import Batch
 
