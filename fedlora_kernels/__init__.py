@@ -23,8 +23,9 @@ else:
 
 if TYPE_CHECKING or _HAS_TORCH:
     from fedlora_kernels import ops  # registers torch.ops.fedlora
-    from fedlora_kernels.adapter import Adapter, AdapterError, Factors
+    from fedlora_kernels.adapter import Adapter
     from fedlora_kernels.aggregate import Aggregation, aggregate
+    from fedlora_kernels.factors import AdapterError, Factors
     from fedlora_kernels.report import ModuleReport, Report
     from fedlora_kernels.rules import Rule, rules
 

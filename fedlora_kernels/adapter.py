@@ -9,7 +9,6 @@ Module names are the model's own, without PEFT's prefix "base_model.model.".
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedlora_kernels import folder, ops, peft_format
+from fedlora_kernels import folder, peft_format
+from fedlora_kernels.factors import AdapterError, Factors, fitted, of_vera
+from fedlora_kernels.ops import checks
 from fedlora_kernels.peft_format import PREFIX, Config
 
 CONFIG_FILE = "adapter_config.json"
@@ -27,34 +28,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 WRITTEN = frozenset(
     {CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "report.json", "residual", "clients"}
 )
-
-
-class AdapterError(ValueError):
-    """An adapter, or a set of clients' adapters, that cannot be what it says it is."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One module's update ``scaling * b @ a``."""
-
-    b: Tensor
-    """[m, r]"""
-    a: Tensor
-    """[r, n]"""
-    scaling: float
-    """alpha / r, or alpha / sqrt(r) with rsLoRA"""
-    embedding: bool = False
-    """saved as lora_embedding_A and lora_embedding_B; the weight is the update's transpose"""
-
-    @property
-    def rank(self) -> int:
-        """r"""
-        return self.a.shape[0]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of both factors."""
-        return self.a.nbytes + self.b.nbytes
 
 
 class Adapter:
@@ -82,7 +55,7 @@ class Adapter:
         self.config = config
         self.extras = dict(extras or {})
         self.vera = dict(vera or {})
-        self.factors = _vera_factors(self.vera, self.extras) if self.vera else dict(factors)
+        self.factors = of_vera(self.vera, self.extras) if self.vera else dict(factors)
         self.name = name
         self.source = source
 
@@ -106,7 +79,7 @@ class Adapter:
             if (where / "adapter_model.bin").is_file():
                 hint = " (found adapter_model.bin: save it again with safe_serialization=True)"
             raise AdapterError(f"{path} {what}{hint}; expected a PEFT adapter folder") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
             raise AdapterError(f"{path}: {CONFIG_FILE} is not valid JSON: {error}") from None
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{path}: {WEIGHTS_FILE} cannot be read: {error}") from None
@@ -180,16 +153,23 @@ class Adapter:
         for key, tensor in tensors.items():
             _refuse_tensor(who, key, tensor)
             if found := peft_format.LORA_KEY.match(key):
-                pairs.setdefault(found["module"], {})[found["side"]] = tensor
+                sides = pairs.setdefault(found["module"], {})
             elif found := peft_format.EMBEDDING_KEY.match(key):
-                pairs.setdefault(found["module"], {})[found["side"]] = tensor
+                sides = pairs.setdefault(found["module"], {})
                 embeddings.add(found["module"])
             elif found := peft_format.VERA_KEY.match(key):
-                vectors.setdefault(found["module"], {})[found["side"]] = tensor
+                sides = vectors.setdefault(found["module"], {})
             else:
                 extras[key] = tensor
+                continue
+            if found["side"] in sides:  # with PEFT's prefix and without, or embedding and linear
+                raise AdapterError(f"{who}, module {found['module']}: {key} is there twice")
+            sides[found["side"]] = tensor
         if not pairs and not vectors:
-            raise AdapterError(f"{who}: {WEIGHTS_FILE} holds no LoRA factors and no VeRA vectors")
+            raise AdapterError(
+                f"{who}: {WEIGHTS_FILE} holds no LoRA factors and no VeRA vectors under PEFT's "
+                f"names, found {peft_format.listed(sorted(tensors)) or 'no tensor'}"
+            )
         _refuse_non_finite(who, tensors)
         factors = {
             module: _factors(who, module, sides, config, module in embeddings)
@@ -238,6 +218,8 @@ class Adapter:
         save_file(owned, made / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps(self.config, indent=2, sort_keys=True)
         (made / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        # safetensors makes files that only their owner may read.
+        (made / WEIGHTS_FILE).chmod((made / CONFIG_FILE).stat().st_mode)
 
     def delta(self, module: str) -> Tensor:
         """The dense update ``scaling * B @ A`` of one module, [m,n] float64.
@@ -268,7 +250,7 @@ class Adapter:
             if module not in template.factors:
                 raise AdapterError(f"module {module}: the template has no such module")
         factors = {
-            module: _fitted(module, self.factors.get(module), target)
+            module: fitted(module, self.factors.get(module), target)
             for module, target in template.factors.items()
         }
         extras = self.extras or template.extras
@@ -285,6 +267,12 @@ class Adapter:
 
 
 def _refuse_tensor(who: str, key: str, tensor: Tensor) -> None:
+    if not key.isprintable():
+        raise AdapterError(f"{who}: the tensor name {key!r} holds unprintable characters")
+    if tensor.is_floating_point() and tensor.dtype not in checks.FACTOR_DTYPES:
+        raise AdapterError(
+            f"{who}, tensor {key}: {tensor.dtype}, expected bfloat16, float16, float32 or float64"
+        )
     if key.endswith(".lora_magnitude_vector") or ".lora_magnitude_vector." in key:
         raise AdapterError(
             f"{who}: {key}: DoRA magnitudes rescale the whole weight, which no pair of factors "
@@ -333,7 +321,7 @@ def _factors(
         raise AdapterError(
             f"{who}, module {module}: convolutions are not supported, found {shapes}"
         )
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*b.shape, *a.shape):
         raise AdapterError(f"{who}, module {module}: found {shapes}, expected [m,r] and [r,n]")
     if not (a.is_floating_point() and b.is_floating_point()):
         raise AdapterError(f"{who}, module {module}: factors are {b.dtype} and {a.dtype}")
@@ -344,55 +332,3 @@ def _factors(
             f"{expected}"
         )
     return Factors(b, a, peft_format.scaling(config, module, a.shape[0]), embedding)
-
-
-def _vera_factors(
-    vera: Mapping[str, tuple[Tensor, Tensor]], extras: Mapping[str, Tensor]
-) -> dict[str, Factors]:
-    """VeRA as factors: diag(lambda_b) B and diag(lambda_d) A with the shared random projections.
-
-    PEFT cuts the projections to each module; a module's own width is not in the file, so A keeps
-    the projection's full width here.
-    """
-    shared_a, shared_b = extras.get("base_model.vera_A"), extras.get("base_model.vera_B")
-    if shared_a is None or shared_b is None:
-        return {}
-    return {
-        module: Factors(
-            lambda_b[:, None] * shared_b[: lambda_b.shape[0]], lambda_d[:, None] * shared_a, 1.0
-        )
-        for module, (lambda_b, lambda_d) in vera.items()
-    }
-
-
-def _fitted(module: str, update: Factors | None, target: Factors) -> Factors:
-    if update is None:
-        return Factors(torch.zeros_like(target.b), target.a, target.scaling, target.embedding)
-    b, a = update.b, update.a
-    if b.shape[0] != target.b.shape[0] or a.shape[1] != target.a.shape[1]:
-        raise AdapterError(
-            f"module {module}: the update is {b.shape[0]} x {a.shape[1]}, the template's is "
-            f"{target.b.shape[0]} x {target.a.shape[1]}"
-        )
-    if target.scaling == 0:
-        raise AdapterError(
-            f"module {module}: the template's scaling is 0, it cannot carry an update"
-        )
-    rank, ratio = target.rank, update.scaling / target.scaling
-    if update.rank > rank:
-        dtype = torch.promote_types(b.dtype, a.dtype)
-        scale = torch.full((1, update.rank), ratio, dtype=torch.float64, device=b.device)
-        wide = (b[None].to(dtype), a[None].to(dtype))
-        top_b, top_a, _, _ = ops.stacked_svd(*wide, scale, energy=1.0, max_rank=rank)
-        b, a = top_b[0], top_a[0]
-    elif ratio != 1.0:
-        b = (b.double() * ratio).to(b.dtype)
-    b, a = b.to(target.b), a.to(target.a)
-    if a.shape[0] < rank:
-        spare = rank - a.shape[0]
-        b = torch.cat([b, b.new_zeros(b.shape[0], spare)], dim=1)
-        a = torch.cat([a, target.a[-spare:]], dim=0)
-    idle = (a == 0).all(dim=1) & (b == 0).all(dim=0)
-    if bool(idle.any()):  # zero beside zero gets no gradient
-        a = torch.where(idle[:, None], target.a, a)
-    return Factors(b, a, target.scaling, target.embedding)

@@ -4,7 +4,7 @@ load -> stack -> gram -> rule (spectrum + rank | surrogate | nothing) -> combine
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import clients, folder, peft_format
-from fedlora_kernels.adapter import WRITTEN, Adapter, AdapterError, Factors
+from fedlora_kernels.adapter import WRITTEN, Adapter
+from fedlora_kernels.factors import AdapterError, Factors
 from fedlora_kernels.grams import Grams
 from fedlora_kernels.report import CurvePoint, Report, curve, report
 from fedlora_kernels.rules import Rule, rules
@@ -49,6 +50,9 @@ class Aggregation:
 
         FlexLoRA and HetLoRA: the leading r_k components in the client's own scaling. FedSA: the
         shared A with the client's own B and head. The other rules: the global adapter.
+
+        Raises:
+            AdapterError: the client's dtype cannot hold the update at the client's own scaling.
         """
         client = self.clients[k]
         extras = self.adapter.extras if self.heads == "average" else client.extras
@@ -66,6 +70,12 @@ class Aggregation:
             module: adapt(self.adapter.factors[module], own)
             for module, own in client.factors.items()
         }
+        for module, item in factors.items():
+            if not bool(item.b.isfinite().all()):
+                raise AdapterError(
+                    f"{peft_format.label(k, client.name)}, module {module}: the update overflows "
+                    f"{item.b.dtype} at scaling {item.scaling:g}"
+                )
         return Adapter(factors, client.config, extras=extras)
 
     @property
@@ -138,8 +148,8 @@ def aggregate(
         The global adapter with its report; the input adapters are not changed.
 
     Raises:
-        AdapterError: what the clients sent cannot be aggregated by this rule; the message names
-            the client and the module.
+        AdapterError: what the clients sent cannot be aggregated by this rule, and the message
+            names the client and the module; or the result's dtype cannot hold the result.
         ValueError: the rule is unknown, or an option is out of range.
         TypeError: the rule has no such option.
     """
@@ -152,7 +162,8 @@ def aggregate(
     shares = clients.normalised(weights, adapters)
     batches = stack(adapters, shares, absent=absent, device=device)
     grams = [Grams.of(batch, precision) for batch in batches]
-    _refuse_non_finite(grams)
+    for batch_grams in grams:
+        batch_grams.check()
     solutions = chosen.solve(grams, **options)
 
     rows = clients.unreported(adapters)
@@ -178,17 +189,16 @@ def _rule(name: str) -> Rule:
     return known[name]
 
 
-def _refuse_non_finite(grams: Iterable[Grams]) -> None:
-    """NaN and Inf in live adapters (files are checked when read) show on the Grams' diagonals."""
-    for batch in grams:
-        for side, gram in (("B", batch.b), ("A", batch.a)):
-            bad = (~gram.diagonal(dim1=-2, dim2=-1).isfinite()).double() @ batch.membership
-            if bool(bad.any()):
-                module, client = (int(index) for index in bad.nonzero()[0])
-                raise AdapterError(
-                    f"{batch.labels[client]}, module {batch.modules[module]}: {side} holds NaN or "
-                    "Inf"
-                )
+def _refuse_overflow(modules: Sequence[str], factor: Tensor) -> None:
+    """A finite sum has finite terms; only where the sum is not, look at each module."""
+    if bool(factor.sum().isfinite()):
+        return
+    bad = ~factor.isfinite().flatten(1).all(1)
+    if bool(bad.any()):
+        raise AdapterError(
+            f"module {modules[int(bad.nonzero()[0])]}: the aggregate overflows {factor.dtype}; ask "
+            "for a wider dtype"
+        )
 
 
 def _factors(
@@ -210,6 +220,8 @@ def _factors(
     for batch, part in zip(batches, parts, strict=True):
         b_g, a_g = part.factors(batch if dtype is None else batch.widened(dtype))
         b_g, a_g = b_g.to(dtype or b_g.dtype), a_g.to(dtype or a_g.dtype)
+        for factor in (b_g, a_g):
+            _refuse_overflow(batch.modules, factor)
         numbers = zip(part.ranks.tolist(), part.scaling.tolist(), strict=True)
         for index, (rank, scaling) in enumerate(numbers):
             width = max(1, rank)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import ops, peft_format
-from fedlora_kernels.adapter import Adapter, AdapterError
+from fedlora_kernels.adapter import Adapter
+from fedlora_kernels.factors import AdapterError
 from fedlora_kernels.peft_format import label
 from fedlora_kernels.report import ModuleReport, Report
 from fedlora_kernels.rules import Rule
@@ -64,17 +65,22 @@ def normalised(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> 
     """The clients' weights as [K] float64 that sum to 1; equal when None.
 
     Raises:
-        AdapterError: the count is wrong, a weight is negative or not finite, or all are zero.
+        AdapterError: the count is wrong, a weight is negative or no finite number, or all are zero.
     """
     if weights is None:
         return torch.full((len(adapters),), 1 / len(adapters), dtype=torch.float64)
-    values = [float(weight) for weight in weights]
-    if len(values) != len(adapters):
-        raise AdapterError(f"found {len(values)} weights for {len(adapters)} clients")
-    for index, value in enumerate(values):
+    if len(weights) != len(adapters):
+        raise AdapterError(f"found {len(weights)} weights for {len(adapters)} clients")
+    values: list[float] = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        try:
+            value = float(weight)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
         if not math.isfinite(value) or value < 0:
-            who = label(index, adapters[index].name)
-            raise AdapterError(f"{who}: weight {value}, expected a finite number >= 0")
+            who = label(len(values), adapter.name)
+            raise AdapterError(f"{who}: weight {weight}, expected a finite number >= 0")
+        values.append(value)
     if not sum(values) > 0:
         raise AdapterError("all weights are zero; at least one client must count")
     shares = torch.tensor(values, dtype=torch.float64) / max(values)  # the sum may overflow

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import ops
+from fedlora_kernels.factors import AdapterError
 from fedlora_kernels.ops.spectrum import magnitude, negligible, right_of_left
 from fedlora_kernels.stack import Batch
 
@@ -56,6 +57,28 @@ class Grams:
             precision=precision,
         )
 
+    def check(self) -> None:
+        """Refuse what no float64 Gram matrix holds.
+
+        NaN and Inf in live adapters (files are checked when read) show on the diagonals.
+
+        Raises:
+            AdapterError: names the first such client and module.
+        """
+        b, a = (gram.diagonal(dim1=-2, dim2=-1) for gram in (self.b, self.a))
+        squares = b * self.scale.square() * a * b.shape[1] ** 2
+        for values, problem in (
+            (b, "B holds NaN, Inf or numbers too large to square"),
+            (a, "A holds NaN, Inf or numbers too large to square"),
+            (squares, "the square of scaling B A overflows float64"),
+        ):
+            bad = (~values.isfinite()).double() @ self.membership
+            if bool(bad.any()):
+                module, client = (int(index) for index in bad.nonzero()[0])
+                raise AdapterError(
+                    f"{self.labels[client]}, module {self.modules[module]}: {problem}"
+                )
+
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sigma [L,R], ||dW||^2 [L], left [L,R,R], right [L,R,R] (see ops.spectrum)."""
@@ -72,19 +95,29 @@ class Grams:
     def error(self, x: Tensor, y: Tensor) -> Tensor:
         """||dW - B X Y A||^2 for x [L,R,p] and y [L,p,R]: [L] float64.
 
-        G_B E and E G_A through X and Y: 4 R^2 p multiplications instead of the 3 R^3 of E itself.
+        With E = D - X Y the two products G_B E and E G_A take R^2 p + 2 R^3 multiplications;
+        through X and Y, without E, they take 4 R^2 p, which is less for p < 2 R / 3.
         """
-        scaled_b = self.b * self.scale[:, None, :]
-        scaled_a = self.scale[:, :, None] * self.a
-        left = torch.baddbmm(scaled_b, self.b @ x, y, alpha=-1)
-        right = torch.baddbmm(scaled_a, x, y @ self.a, alpha=-1)
+        stacked_rank, rank = x.shape[1:]
+        if 3 * rank < 2 * stacked_rank:
+            scaled_b = self.b * self.scale[:, None, :]
+            scaled_a = self.scale[:, :, None] * self.a
+            left = torch.baddbmm(scaled_b, self.b @ x, y, alpha=-1)
+            right = torch.baddbmm(scaled_a, x, y @ self.a, alpha=-1)
+        else:
+            gap = torch.baddbmm(torch.diag_embed(self.scale), x, y, alpha=-1)
+            left, right = self.b @ gap, gap @ self.a
         return (left * right).sum((-2, -1)).clamp_min(0)
 
     @cached_property
     def energy(self) -> Tensor:
         """||dW||^2 = <D G_B D, G_A>, and 0 where the clients cancel to rounding: [L] float64."""
-        squared = (self.scale[:, None, :] @ self.products @ self.scale[:, :, None]).flatten()
+        squared = self.squared_norm(self.scale)
         return squared.where(squared > self.noise, 0)
+
+    def squared_norm(self, diagonal: Tensor) -> Tensor:
+        """||B diag(e) A||^2 = e^T (G_B o G_A) e for e [L,R]: [L] float64."""
+        return (diagonal[:, None, :] @ self.products @ diagonal[:, :, None]).flatten()
 
     @cached_property
     def products(self) -> Tensor:

@@ -6,6 +6,7 @@ layers' ``scaling``) so that an adapter reloads with exactly the update it had.
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -101,6 +102,9 @@ def malformed(config: Config) -> str | None:
         return f"r is {rank!r}, expected a whole number of at least 1"
     if config["peft_type"] == "LORA" and not _is_alpha(alpha):
         return f"lora_alpha is {alpha!r}, expected a finite number"
+    heads = config.get("modules_to_save") or []
+    if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
+        return f"modules_to_save is {heads!r}, expected a list of names"
     for field, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         patterns = config.get(field) or {}
         if not isinstance(patterns, Mapping):
@@ -120,7 +124,9 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_alpha(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # NaN is not, and integers may be larger
 
 
 def disagreement(first: Config, other: Config) -> str | None:

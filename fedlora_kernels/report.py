@@ -80,7 +80,7 @@ class CurvePoint:
 def report(grams: Grams, solution: Solution) -> Report:
     """The report of one batch, from its Grams and coefficients."""
     total = grams.energy
-    error = relative(grams.error(*solution.pair), grams)
+    error = relative(solution.error(grams), grams)
     ranks = solution.ranks
     floor = svd_floor(grams, ranks)
     columns = zip(
@@ -97,7 +97,9 @@ def report(grams: Grams, solution: Solution) -> Report:
 
 
 def svd_floor(grams: Grams, ranks: Tensor) -> Tensor:
-    """sqrt(sum_{i>p} sigma_i^2 / ||dW||^2) at p = ranks: [L]."""
+    """sqrt(sum_{i>p} sigma_i^2 / ||dW||^2) at p = ranks, [L]: 0 without a spectrum at full rank."""
+    if bool((ranks >= grams.full_rank).all()):
+        return torch.zeros_like(ranks, dtype=torch.float64)
     sigma, _, _, _ = grams.spectrum
     beyond = torch.arange(sigma.shape[1], device=sigma.device)[None, :] >= ranks[:, None]
     return relative(sigma.square().where(beyond, 0).sum(-1), grams)

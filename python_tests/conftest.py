@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -14,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
 import pytest
 import torch
+from federation import draw, write_client
 from hypothesis import settings
 
 import fedlora_kernels as flk
@@ -58,3 +60,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_report_header() -> str:
     """Which backend these results belong to."""
     return f"fedlora_kernels {flk.__version__}, backend {flk.backend()}"
+
+
+@pytest.fixture
+def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three client folders, as typed from the folder that holds them."""
+    monkeypatch.chdir(tmp_path)
+    for k, client in enumerate(draw().drawn):
+        write_client(tmp_path / f"site-{k}", client)
+    return ["site-0", "site-1", "site-2"]

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import click
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from typer.main import get_command
-from typer.testing import CliRunner
 
 import fedlora_kernels as flk
 from fedlora_kernels.cli import app, rule_options
@@ -328,7 +327,7 @@ def test_the_help_names_each_options_rules_and_default():
 
 
 def test_no_rules_option_hides_one_of_the_commands_own():
-    command = get_command(app).commands["aggregate"]
+    command = app.commands["aggregate"]
     names = [parameter.name for parameter in command.get_params(click.Context(command))]
     assert len(set(names)) == len(names)
 

@@ -213,8 +213,12 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path) -> None:
 def test_permissions_are_those_of_an_ordinary_folder(tmp_path: Path) -> None:
     (tmp_path / "ordinary").mkdir()
     draw().adapters[0].save(tmp_path / "global")
+    (tmp_path / "ordinary" / "file").touch()
     wanted = stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
     assert stat.S_IMODE((tmp_path / "global").stat().st_mode) == wanted
+    wanted = stat.S_IMODE((tmp_path / "ordinary" / "file").stat().st_mode)
+    for file in (tmp_path / "global").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == wanted, file
 
 
 def test_a_link_to_a_folder_is_written_through(tmp_path: Path) -> None:

@@ -50,6 +50,21 @@ def test_flora_release_fedit_branch_drops_all_clients_but_the_first(rule: str, k
         assert norm(change) > 0.05 * share * norm(exact)
 
 
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_flora_release_fedit_branch_drops_clients_from_a_shared_factor_too(k: int) -> None:
+    """FedSA shares A alone: move A_k by E, and what all receive moves by w_k E."""
+    round_ = draw()
+    module = "layers.0.down"
+    old = round_.drawn[k][module]
+    step = torch.randn(old.a.shape, generator=torch.Generator().manual_seed(9))
+    before = round_.aggregate("fedsa").client_adapter((k + 1) % 3)
+    after = round_.replaced(k, module, old.b, old.a + step).aggregate("fedsa")
+    found = after.client_adapter((k + 1) % 3).factors[module].a - before.factors[module].a
+    expected = round_.weights[k] / sum(round_.weights) * step
+    size = sum(norm(client[module].a) for client in round_.drawn) + norm(step)
+    assert norm(found - expected) <= 4 * EPS[torch.float32] * size
+
+
 def test_florist_release_flexlora_branch_gives_everyone_the_last_clients_rank() -> None:
     round_ = draw(ranks=(8, 4, 2))
     for rule in ("flexlora", "hetlora"):

@@ -4,6 +4,7 @@ The clean environment sees the development environment's packages through a .pth
 nothing is downloaded; fedlora_kernels itself must come from the wheel.
 """
 
+import ast
 import json
 import os
 import re
@@ -117,6 +118,22 @@ def test_metadata(contents: dict[str, bytes]) -> None:
     assert "fedlora=fedlora_kernels.cli:main" in (
         contents[f"{info}/entry_points.txt"].decode().replace(" ", "")
     )
+
+
+def test_every_import_is_of_a_declared_dependency(contents: dict[str, bytes]) -> None:
+    """A package that only comes along with another one is gone with that one's next release."""
+    info = f"fedlora_kernels-{flk.__version__}.dist-info"
+    declared = re.findall(r"^Requires-Dist: ([\w.-]+)", contents[f"{info}/METADATA"].decode(), re.M)
+    known = {name.replace("-", "_") for name in declared}
+    imported: set[str] = set()
+    for name, text in contents.items():
+        if name.endswith(".py"):
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                    imported.add(node.module.partition(".")[0])
+    assert imported - set(sys.stdlib_module_names) - known == {"fedlora_kernels"}
 
 
 # what runs from it

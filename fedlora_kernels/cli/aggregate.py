@@ -5,17 +5,16 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import typer
 from rich.table import Table
 from rich.text import Text
 
 from fedlora_kernels import folder
 from fedlora_kernels.cli import screen
 from fedlora_kernels.cli.program import BadInput, bad_input, require_torch, require_writable
-from fedlora_kernels.cli.rule_options import NUMBERS, given, numbers
+from fedlora_kernels.cli.rule_options import NUMBERS, RuleCommand, given, numbers
 
 if TYPE_CHECKING:
     import torch
@@ -29,71 +28,71 @@ _ROWS = 16
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
+@click.command(cls=RuleCommand)
+@click.argument("clients", nargs=-1, required=True, metavar="CLIENT...")
+@click.option(
+    "--out",
+    required=True,
+    metavar="DIR",
+    help="Folder for the global adapter; an adapter there is replaced.",
+)
+@click.option(
+    "--rule",
+    default="florist",
+    metavar="NAME",
+    help="Aggregation rule, see `fedlora rules`.",
+)
+@click.option(
+    "--weights",
+    type=numbers,
+    metavar=NUMBERS,
+    help="The clients' weights, numbers of examples say, in the order of the clients; without it "
+    "they count equally.",
+)
+@click.option("--device", help="Where to compute: cpu, cuda, cuda:1, ...")
+@click.option(
+    "--absent",
+    type=click.Choice(["zero", "renormalise"]),
+    default="zero",
+    help="What a client without a module counts as: a zero update, or not at all.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["exact", "fast"]),
+    default="exact",
+    help="Accumulate in float64, or in float32 with promotion.",
+)
+@click.option(
+    "--uniform-rank",
+    is_flag=True,
+    help="Pad every module with zeros to one rank, for servers that ignore rank_pattern.",
+)
+@click.option(
+    "--dtype", type=click.Choice(_DTYPES), help="Dtype of the result; the clients' by default."
+)
+@click.option(
+    "--heads",
+    type=click.Choice(["average", "local"]),
+    help="Tensors beside the factors: averaged, or left with their clients; local for fedsa, "
+    "average otherwise.",
+)
+@click.option("--modules", is_flag=True, help="List every module, however many there are.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
+@click.pass_context
 def aggregate(
-    context: typer.Context,
-    clients: Annotated[list[str], typer.Argument(metavar="CLIENT...")],
-    out: Annotated[
-        str,
-        typer.Option(
-            metavar="DIR", help="Folder for the global adapter; an adapter there is replaced."
-        ),
-    ],
-    rule: Annotated[
-        str, typer.Option(metavar="NAME", help="Aggregation rule, see `fedlora rules`.")
-    ] = "florist",
-    weights: Annotated[
-        Sequence[float] | None,
-        typer.Option(
-            parser=numbers,
-            metavar=NUMBERS,
-            help="The clients' weights, numbers of examples say, in the order of the clients; "
-            "without it they count equally.",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")
-    ] = None,
-    absent: Annotated[
-        str,
-        typer.Option(
-            click_type=click.Choice(["zero", "renormalise"]),
-            help="What a client without a module counts as: a zero update, or not at all.",
-        ),
-    ] = "zero",
-    precision: Annotated[
-        str,
-        typer.Option(
-            click_type=click.Choice(["exact", "fast"]),
-            help="Accumulate in float64, or in float32 with promotion.",
-        ),
-    ] = "exact",
-    uniform_rank: Annotated[
-        bool,
-        typer.Option(
-            "--uniform-rank",
-            help="Pad every module with zeros to one rank, for servers that ignore rank_pattern.",
-        ),
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            click_type=click.Choice(_DTYPES), help="Dtype of the result; the clients' by default."
-        ),
-    ] = None,
-    heads: Annotated[
-        str | None,
-        typer.Option(
-            click_type=click.Choice(["average", "local"]),
-            help="Tensors beside the factors: averaged, or left with their clients; local for "
-            "fedsa, average otherwise.",
-        ),
-    ] = None,
-    modules: Annotated[
-        bool, typer.Option("--modules", help="List every module, however many there are.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
-    ] = False,
+    context: click.Context,
+    clients: Sequence[str],
+    out: str,
+    rule: str,
+    weights: Sequence[float] | None,
+    device: str | None,
+    absent: str,
+    precision: str,
+    uniform_rank: bool,
+    dtype: str | None,
+    heads: str | None,
+    modules: bool,
+    as_json: bool,
 ) -> None:
     """Combine the clients' adapters into one.
 

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-import typer
+import click
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +17,7 @@ from fedlora_kernels.cli import screen
 _TOLERANCE = 1e-12
 
 
+@click.command
 def doctor() -> None:
     """Report the installation and run one small aggregation."""
     console = screen.out()
@@ -44,7 +45,7 @@ def doctor() -> None:
     for device, verdict in verdicts.items():
         console.print(Text(f"Self-check on {device}: {verdict}"), soft_wrap=True)
     if not all(verdict.startswith("ok") for verdict in verdicts.values()):
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _facts() -> Iterator[tuple[str, str]]:

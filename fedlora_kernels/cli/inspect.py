@@ -3,9 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 from rich.table import Table
 from rich.text import Text
 
@@ -21,34 +21,32 @@ _MATRIX = 12
 _TOP = 3
 
 
+@click.command
+@click.argument("adapters", nargs=-1, required=True, metavar="DIR...")
+@click.option(
+    "--plot", metavar="FILE", help="Draw the spectra and the similarities (.png, .pdf, .svg)."
+)
+@click.option(
+    "--weights",
+    type=numbers,
+    metavar=NUMBERS,
+    help="The clients' weights; without it they count equally.",
+)
+@click.option(
+    "--energy",
+    type=numbers,
+    metavar=NUMBERS,
+    help="Shares of the energy to find ranks for.  [default: 0.8,0.9,0.95,0.99]",
+)
+@click.option("--modules", is_flag=True, help="List every module instead of projections.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def inspect(
-    adapters: Annotated[list[str], typer.Argument(metavar="DIR...")],
-    plot: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Draw the spectra and the similarities (.png, .pdf, .svg)."
-        ),
-    ] = None,
-    weights: Annotated[
-        Sequence[float] | None,
-        typer.Option(
-            parser=numbers,
-            metavar=NUMBERS,
-            help="The clients' weights; without it they count equally.",
-        ),
-    ] = None,
-    energy: Annotated[
-        Sequence[float] | None,
-        typer.Option(
-            parser=numbers,
-            metavar=NUMBERS,
-            help="Shares of the energy to find ranks for.  [default: 0.8,0.9,0.95,0.99]",
-        ),
-    ] = None,
-    modules: Annotated[
-        bool, typer.Option("--modules", help="List every module instead of projections.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    adapters: Sequence[str],
+    plot: str | None,
+    weights: Sequence[float] | None,
+    energy: Sequence[float] | None,
+    modules: bool,
+    as_json: bool,
 ) -> None:
     """Show what adapters hold and how alike they are.
 

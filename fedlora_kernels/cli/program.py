@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from typer.core import TyperCommand, TyperGroup
 
 
 class BadInput(click.ClickException):
@@ -24,26 +23,7 @@ class BadInput(click.ClickException):
         self.ctx = click.get_current_context(silent=True)
 
 
-class Command(TyperCommand):
-    """A command whose help lists its options in named sections."""
-
-    def sections(self, ctx: click.Context) -> dict[str, Sequence[click.Parameter]]:
-        """Title -> parameters."""
-        return {"Options": self.get_params(ctx)}
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections; arguments are explained by the command's own text."""
-        for title, parameters in self.sections(ctx).items():
-            options = [item for item in parameters if isinstance(item, click.Option)]
-            records = [option.get_help_record(ctx) for option in options]
-            # typer escapes its own "[default: ...]" for rich, which is not in use here.
-            rows = [(name, text.replace("\\[", "[")) for name, text in filter(None, records)]
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
-
-
-class Program(TyperGroup):
+class Program(click.Group):
     """A group of commands that reports every refusal in one line, usage errors included."""
 
     def main(

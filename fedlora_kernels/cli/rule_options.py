@@ -13,25 +13,29 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
-import typer
-from typer.core import TyperOption
 
-from fedlora_kernels.cli.program import BadInput, Command, require_torch
+from fedlora_kernels.cli.program import BadInput, require_torch
 
 NUMBERS = "NUMBER,NUMBER,..."
 _GIVEN = "fedlora_kernels.rule_options"
 
 
-class RuleCommand(Command):
+class RuleCommand(click.Command):
     """A command that takes the options of all rules beside its own; see :func:`given`."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters and the rules' options."""
         return [*super().get_params(ctx), *rule_options()]
 
-    def sections(self, ctx: click.Context) -> dict[str, Sequence[click.Parameter]]:
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The command's own options, then the rules'."""
-        return {"Options": super().get_params(ctx), "Options of the rules": rule_options()}
+        sections = {"Options": super().get_params(ctx), "Options of the rules": rule_options()}
+        for title, parameters in sections.items():
+            options = [item for item in parameters if isinstance(item, click.Option)]
+            records = [option.get_help_record(ctx) for option in options]
+            if rows := [record for record in records if record is not None]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Without torch no rule's option is known, which is then the thing to say."""
@@ -48,7 +52,7 @@ class RuleCommand(Command):
         return super().invoke(ctx)
 
 
-def given(context: typer.Context, rule: str) -> dict[str, Any]:
+def given(context: click.Context, rule: str) -> dict[str, Any]:
     """The rule's options as the user gave them.
 
     Raises:
@@ -98,7 +102,7 @@ def flag(name: str) -> str:
 
 
 @cache
-def rule_options() -> tuple[TyperOption, ...]:
+def rule_options() -> tuple[click.Option, ...]:
     """One flag per option name over all rules; none where torch, and so the registry, is missing.
 
     Raises:
@@ -115,7 +119,7 @@ def rule_options() -> tuple[TyperOption, ...]:
     return tuple(_option(name, names) for name, names in owners.items())
 
 
-def _option(name: str, owners: Sequence[str]) -> TyperOption:
+def _option(name: str, owners: Sequence[str]) -> click.Option:
     from fedlora_kernels.rules import rules
 
     known = rules()
@@ -137,7 +141,7 @@ def _option(name: str, owners: Sequence[str]) -> TyperOption:
     declared = flag(name)
     is_bool = kinds[0] is bool
     kind = _click_type(kinds[0])
-    return TyperOption(
+    return click.Option(
         param_decls=[name, f"{declared}/--no-{declared[2:]}" if is_bool else declared],
         type=kind,
         metavar=NUMBERS if kind in (numbers, integers) else None,

@@ -1,5 +1,6 @@
 """`fedlora rules`: what each aggregation rule is, what travels under it, and its options."""
 
+import click
 from rich.text import Text
 
 from fedlora_kernels.cli import screen
@@ -7,6 +8,7 @@ from fedlora_kernels.cli.program import require_torch
 from fedlora_kernels.cli.rule_options import flag
 
 
+@click.command
 def rules() -> None:
     """List the aggregation rules."""
     require_torch()

@@ -44,7 +44,7 @@ def combine(b: Tensor, a: Tensor, x: Tensor, y: Tensor) -> Pair:
 
 def combine_list(b: Sequence[Tensor], a: Sequence[Tensor], x: Tensor, y: Tensor) -> Pair:
     """:func:`combine` on clients' factors where they lie: ``b[l*K + k]`` [m,r_k] beside
-    ``a[l*K + k]`` [r_k,n], L = ``x.shape[0]``.
+    ``a[l*K + k]`` [r_k,n], L = ``x.shape[0]``. Results and errors are :func:`combine`'s.
     """
     _check_list(b, a, x, y)
     result: Pair = torch.ops.fedlora.combine_list(b, a, x, y)

@@ -51,7 +51,7 @@ def flora_na_list(
     precision: str = "exact",
 ) -> FloraNA:
     """:func:`flora_na` of clients' factors where they lie: ``b[l*K + k]`` [m,r] beside
-    ``a[l*K + k]`` [r,n], L and K from ``scale``.
+    ``a[l*K + k]`` [r,n], L and K from ``scale``. Results and errors are :func:`flora_na`'s.
     """
     _check_list(b, a, weights, scale, precision)
     result: FloraNA = torch.ops.fedlora.flora_na_list(b, a, weights, scale, precision)

@@ -53,6 +53,11 @@ def gram_list(x: Sequence[Tensor], modules: int, rows: bool, precision: str = "e
 
     Returns:
         [L,R,R] float64 with R = sum of the clients' ranks.
+
+    Raises:
+        ValueError: the factors are no L times the same clients' matrices, or the precision is
+            unknown.
+        TypeError: the factors are not of one floating type.
     """
     _check_list(x, modules, rows, precision)
     result: Tensor = torch.ops.fedlora.gram_list(x, modules, rows, precision)

@@ -71,7 +71,7 @@ def stacked_svd_list(
     precision: str = "exact",
 ) -> StackedSVD:
     """:func:`stacked_svd` of clients' factors where they lie: ``b[l*K + k]`` [m,r_k] beside
-    ``a[l*K + k]`` [r_k,n], L = ``scale.shape[0]``.
+    ``a[l*K + k]`` [r_k,n], L = ``scale.shape[0]``. Results and errors are :func:`stacked_svd`'s.
     """
     _check_list(b, a, scale, energy, max_rank, precision)
     result: StackedSVD = torch.ops.fedlora.stacked_svd_list(

@@ -38,7 +38,7 @@ def weighted_sum(stacked: Tensor, weights: Tensor) -> Tensor:
 
 def weighted_sum_list(factors: Sequence[Tensor], weights: Tensor) -> Tensor:
     """:func:`weighted_sum` of factors where they lie: ``factors[l*K + k]``, all of one shape,
-    weights [L,K].
+    weights [L,K]. Results and errors are :func:`weighted_sum`'s.
     """
     _check_list(factors, weights)
     result: Tensor = torch.ops.fedlora.weighted_sum_list(factors, weights)

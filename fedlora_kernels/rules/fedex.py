@@ -23,6 +23,10 @@ def solve(grams: Sequence[Grams], *, residual_rank: int | None = None) -> list[S
     Args:
         grams: one per batch.
         residual_rank: truncate the residual to this rank; the whole residual when None.
+
+    Raises:
+        AdapterError: clients' ranks differ; names the client and the module.
+        ValueError: residual_rank is under 1.
     """
     if residual_rank is not None and residual_rank < 1:
         raise ValueError(f"residual_rank must be at least 1, found {residual_rank}")

@@ -14,7 +14,11 @@ from fedlora_kernels.rules.solution import Mixture, Solution, common_scaling
 
 
 def solve(grams: Sequence[Grams]) -> list[Solution]:
-    """The averages. A client without a module counts as B = 0, so only B's weights shrink."""
+    """The averages. A client without a module counts as B = 0, so only B's weights shrink.
+
+    Raises:
+        AdapterError: clients' ranks differ; names the client and the module.
+    """
     return [Solution(mean(batch, "fedit")) for batch in grams]
 
 

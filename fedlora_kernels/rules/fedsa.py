@@ -8,7 +8,8 @@ The report compares the clients' mean update, sum_k w_k s_k B_k A, with the idea
 
 from collections.abc import Sequence
 
-from fedlora_kernels.adapter import Adapter, AdapterError
+from fedlora_kernels.adapter import Adapter
+from fedlora_kernels.factors import AdapterError
 from fedlora_kernels.grams import Grams
 from fedlora_kernels.peft_format import label
 from fedlora_kernels.rules.fedit import mean

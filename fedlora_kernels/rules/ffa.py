@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fedlora_kernels.adapter import Adapter, AdapterError
+from fedlora_kernels.adapter import Adapter
+from fedlora_kernels.factors import AdapterError
 from fedlora_kernels.grams import Grams
 from fedlora_kernels.peft_format import label
 from fedlora_kernels.rules.rule import Rule, equal_rank, unequal_rank

@@ -20,6 +20,9 @@ def solve(grams: Sequence[Grams], *, rank: int | None = None) -> list[Solution]:
     Args:
         grams: one per batch.
         rank: rank of the global adapter; the largest client rank of each module when None.
+
+    Raises:
+        ValueError: rank is under 1.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, found {rank}")

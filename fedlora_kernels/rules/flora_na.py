@@ -21,6 +21,10 @@ def solve(grams: Sequence[Grams], *, max_sweeps: int = 50, tol: float = 1e-12) -
         grams: one per batch.
         max_sweeps: at most so many pairs of least-squares steps.
         tol: stop when a sweep lowers the squared error by no more than tol * ||dW||^2.
+
+    Raises:
+        AdapterError: clients' ranks differ; names the client and the module.
+        ValueError: max_sweeps or tol is out of range.
     """
     solutions = []
     for batch in grams:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedlora_kernels.adapter import Adapter, AdapterError
+from fedlora_kernels.adapter import Adapter
+from fedlora_kernels.factors import AdapterError
 from fedlora_kernels.grams import Grams
 from fedlora_kernels.rules.solution import Solution
 

@@ -143,6 +143,12 @@ class Solution:
         parts = [self.adapter] if self.residual is None else [self.adapter, self.residual]
         return torch.cat([part.x for part in parts], 2), torch.cat([part.y for part in parts], 1)
 
+    def error(self, grams: Grams) -> Tensor:
+        """||dW - B X Y A||^2, [L] float64; the stack itself differs from D on the diagonal only."""
+        if isinstance(self.adapter, Stacked) and self.residual is None:
+            return grams.squared_norm(grams.scale - self.adapter.scale)
+        return grams.error(*self.pair)
+
     @property
     def ranks(self) -> Tensor:
         """Rank of what travels, residual included: [L]."""
