@@ -156,7 +156,7 @@ def problems(level: int, largest: int, count: int, seed: int) -> list[Example]:
 
 
 def sums(largest: int) -> list[str]:
-    """Every first line that a solution may have, such as `14 + 5 = 19`: a table to learn by heart."""
+    """Every first line that a solution may have, such as `14 + 5 = 19`: what to know by heart."""
     return [
         f"{value} {sign} {number} = {COMPUTE[sign](value, number)}"
         for value in range(SMALLEST, largest + 1)

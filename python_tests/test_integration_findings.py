@@ -1,0 +1,79 @@
+"""The findings' tables: what their cells are, and that the page shows the committed results."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from integration.findings import TABLE, filled
+from integration.judge import Score
+from integration.records import Round
+from integration.summary import write_summary
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "integration/results/amd-epyc-2-threads"
+PAGE = ROOT / "docs/findings.md"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two rules and two seeds; fedsa is worse with both, by different amounts."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    entry = {"start_accuracy": 0.25, "loss": 1.0, "relative_error": 0.3, "rank": 8.0}
+    summary = [
+        entry
+        | {"rule": "fedit", "bytes_down": 1_500_000, "accuracy": 0.75}
+        | {"accuracy_interval": 0.635, "within_noise": True},
+        entry
+        | {"rule": "fedsa", "bytes_down": 750_000, "accuracy": 0.645}
+        | {"accuracy_interval": 0.572, "within_noise": False},
+    ]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "settings.json").write_text(json.dumps({"start_accuracy": 0.25}))
+    return folder
+
+
+def test_a_table_between_its_marks(run):
+    page = "before\n<!-- table accuracy: run = Our run -->\nold\n<!-- end -->\nafter\n"
+    text = filled(page, run.parent)
+    assert text == (
+        "before\n<!-- table accuracy: run = Our run -->\n\n| | Our run |\n|---|---:|\n"
+        "| FedIT | 0.750 \u00b1 0.635 ~ |\n| FedSA-LoRA | 0.645 \u00b1 0.572 |\n"
+        "| *start* | 0.250 |\n\n<!-- end -->\nafter\n"
+    )
+    assert filled(text, run.parent) == text
+
+
+def test_a_rule_that_a_run_lacks_has_an_empty_cell(run):
+    other = run.parent / "other"
+    other.mkdir()
+    (other / "summary.json").write_text(json.dumps([{"rule": "flora", "bytes_down": 9e6}]))
+    text = filled("<!-- table down: run = A; other = B -->\n<!-- end -->", run.parent)
+    assert "| FedIT | 1.50 |  |" in text
+    assert "| FLoRA |  | 9.00 |" in text
+
+
+def test_what_is_not_there_is_an_error(run):
+    with pytest.raises(ValueError, match="unknown table 'speed'; known: accuracy, "):
+        filled("<!-- table speed: run = Run -->\n<!-- end -->", run.parent)
+    with pytest.raises(FileNotFoundError):
+        filled("<!-- table accuracy: other = Run -->\n<!-- end -->", run.parent)
+
+
+def test_the_page_shows_the_committed_results():
+    page = PAGE.read_text()
+    assert TABLE.search(page)
+    assert filled(page, RESULTS) == page, "run python -m integration.findings"
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/")), ids=lambda folder: folder.name)
+def test_committed_summaries_are_those_of_their_rounds(folder, tmp_path):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    known = {field.name for field in fields(Round)}
+    rounds = [Round(**{k: v for k, v in json.loads(x).items() if k in known}) for x in lines]
+    settings = json.loads((folder / "settings.json").read_text())
+    start = Score(settings["start_accuracy"], settings["start_loss"])
+    again = write_summary(tmp_path, rounds, start)
+    assert json.loads((folder / "summary.json").read_text()) == again
