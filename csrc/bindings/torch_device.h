@@ -17,8 +17,9 @@
 #include "array.h"
 
 #ifdef FEDLORA_CUDA
-#include <cuda_runtime.h>
 #include <dlfcn.h>
+
+#include "cuda/device.cuh"
 #endif
 
 namespace fedlora {
@@ -57,7 +58,7 @@ class TorchDevice {
   const void* uploaded(const void* from, size_t bytes) {
 #ifdef FEDLORA_CUDA
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    cudaStreamIsCapturing(static_cast<cudaStream_t>(memory_.stream), &status);
+    cuda::check(cudaStreamIsCapturing(static_cast<cudaStream_t>(memory_.stream), &status));
     if (status != cudaStreamCaptureStatusNone) {
       throw std::runtime_error(
           "a list of tensors cannot be captured in a CUDA graph; pass one stacked tensor");

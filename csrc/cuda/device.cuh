@@ -42,6 +42,9 @@ const Device& device();
 
 void check(cudaError_t error, const void* kernel = nullptr);
 
+// What a kernel needs before it may be launched with this much dynamic shared memory.
+void reserve_shared(const void* kernel, size_t bytes);
+
 #ifdef __CUDACC__
 
 using bf16 = __nv_bfloat16;
@@ -134,20 +137,10 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
-// More than 48 KB of shared memory has to be asked for, once per kernel and device; asking again
-// costs less than a microsecond and keeps no state.
-template <class... P>
-void reserve_shared(void (*kernel)(P...), size_t bytes) {
-  if (bytes <= 48 * 1024) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        reinterpret_cast<const void*>(kernel));
-}
-
 template <class... P, class... A>
 void launch_cluster(void (*kernel)(P...), dim3 grid, int cluster, int threads, size_t shared_bytes,
                     Stream stream, const A&... arguments) {
-  reserve_shared(kernel, shared_bytes);
+  reserve_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};

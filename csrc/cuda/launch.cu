@@ -13,6 +13,8 @@
 namespace fedlora::cuda {
 namespace {
 
+constexpr size_t kWithoutAsking = 48 * 1024;  // bytes
+
 std::string name_of(const void* kernel) {
   const char* mangled = nullptr;
   if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || mangled == nullptr) return "a kernel";
@@ -40,8 +42,26 @@ Device described(int index) {
 void check(cudaError_t error, const void* kernel) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // an error that is not sticky must not surface in a later call
-  throw std::runtime_error((kernel == nullptr ? "CUDA" : name_of(kernel)) + ": " +
-                           cudaGetErrorString(error));
+  std::string message = kernel == nullptr ? "CUDA" : name_of(kernel);
+  message += std::string(": ") + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice) {
+    message += "; the CUDA kernels need sm_80 or later, FEDLORA_BACKEND=composed serves the others";
+  }
+  throw std::runtime_error(message);
+}
+
+// More than 48 KB have to be asked for, per kernel and device. Always all there is: what is asked
+// for stays, and less of it would refuse the launch that another thread is about to make.
+void reserve_shared(const void* kernel, size_t bytes) {
+  if (bytes <= kWithoutAsking) return;
+  const size_t most = device().shared_per_block;
+  if (bytes > most) {
+    throw std::runtime_error(name_of(kernel) + ": " + std::to_string(bytes) +
+                             " bytes of shared memory, the device has " + std::to_string(most));
+  }
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(most)),
+        kernel);
 }
 
 const Device& device() {
