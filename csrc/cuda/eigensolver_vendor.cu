@@ -44,15 +44,29 @@ void find(void* library, const char* name, F*& function) {
                            ": stacked ranks of this size need CUDA 12.6.2 or later");
 }
 
+// The one that belongs to this build's CUDA runtime: by its name where it is loaded or the linker
+// knows it; else beside the runtime, which is where pip puts it ("nvidia/cu13/lib" for all of CUDA
+// 13, "nvidia/<library>/lib" each before) and no linker looks. torch loads it when it first needs
+// it, not at once.
+void* open_library() {
+  const std::string name = CUDART_VERSION >= 13000 ? "libcusolver.so.12" : "libcusolver.so.11";
+  std::vector<std::string> places = {name};
+  Dl_info runtime = {};
+  if (dladdr(reinterpret_cast<const void*>(&cudaGetDevice), &runtime) != 0) {
+    const std::string file = runtime.dli_fname;
+    const std::string folder = file.substr(0, file.rfind('/') + 1);
+    places.push_back(folder + name);
+    places.push_back(folder + "../../cusolver/lib/" + name);
+  }
+  for (const std::string& place : places) {
+    void* library = dlopen(place.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (library != nullptr) return library;
+  }
+  throw std::runtime_error(name + " was not found: stacked ranks of this size need it");
+}
+
 Functions load() {
-  void* library = nullptr;
-  for (const char* name : {"libcusolver.so.12", "libcusolver.so.11", "libcusolver.so"}) {
-    library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
-    if (library != nullptr) break;
-  }
-  if (library == nullptr) {
-    throw std::runtime_error("libcusolver was not found: stacked ranks of this size need it");
-  }
+  void* library = open_library();
   Functions found = {};
   find(library, "cusolverDnCreate", found.create);
   find(library, "cusolverDnCreateParams", found.create_parameters);
@@ -72,10 +86,12 @@ void expect(int status, const char* call) {
   throw std::runtime_error(std::string(call) + " failed with status " + std::to_string(status));
 }
 
-// One per thread and device, kept: to make one takes milliseconds.
+// One per thread and device, kept: to make one takes milliseconds, and the solver may still use the
+// host's memory when its call has returned.
 struct Context {
   Handle handle = nullptr;
   Parameters parameters = nullptr;
+  std::vector<char> host;
 };
 
 Context& context() {
@@ -95,8 +111,7 @@ struct Bytes {
   size_t host;
 };
 
-Bytes bytes_for(int64_t modules, int64_t n) {
-  const Context& own = context();
+Bytes bytes_for(const Context& own, int64_t modules, int64_t n) {
   Bytes bytes = {};
   expect(functions().size(own.handle, own.parameters, kVectors, kLower, n, kDouble, nullptr, n,
                           kDouble, nullptr, kDouble, &bytes.device, &bytes.host, modules),
@@ -112,7 +127,7 @@ int64_t most_modules(int64_t n) {
 }  // namespace
 
 size_t symmetric_eigen_workspace(int64_t modules, int64_t n) {
-  return bytes_for(std::min(modules, most_modules(n)), n).device;
+  return bytes_for(context(), std::min(modules, most_modules(n)), n).device;
 }
 
 void symmetric_eigen(int64_t modules, int64_t n, double* matrices, double* values, int* info,
@@ -123,17 +138,18 @@ void symmetric_eigen(int64_t modules, int64_t n, double* matrices, double* value
     throw std::runtime_error("a stacked rank of " + std::to_string(n) +
                              " needs cuSOLVER, which cannot be captured into a CUDA graph");
   }
-  const Context& own = context();
+  Context& own = context();
   expect(functions().set_stream(own.handle, stream), "cusolverDnSetStream");
   for (int64_t first = 0; first < modules; first += most_modules(n)) {
     const int64_t batch = std::min(most_modules(n), modules - first);
-    const Bytes bytes = bytes_for(batch, n);
+    const Bytes bytes = bytes_for(own, batch, n);
     // What lies there before may come out as wrong eigenvectors (11.7.1).
     check(cudaMemsetAsync(workspace, 0, bytes.device, stream));
-    std::vector<char> host(bytes.host);
+    if (own.host.size() < bytes.host) own.host.resize(bytes.host);
     expect(functions().solve(own.handle, own.parameters, kVectors, kLower, n, kDouble,
                              matrices + first * n * n, n, kDouble, values + first * n, kDouble,
-                             workspace, bytes.device, host.data(), bytes.host, info + first, batch),
+                             workspace, bytes.device, own.host.data(), bytes.host, info + first,
+                             batch),
            "cusolverDnXsyevBatched");
   }
 }
