@@ -120,6 +120,13 @@ __global__ void __launch_bounds__(kFactorThreads, 1) factor(Factoring task) {
   }
 }
 
+// What is left to say about modules without ranks.
+__global__ void __launch_bounds__(kFactorThreads)
+    no_ranks(int64_t modules, double* total_energy, int64_t* info) {
+  const int64_t module = static_cast<int64_t>(blockIdx.x) * kFactorThreads + threadIdx.x;
+  if (module < modules) total_energy[module] = 0, info[module] = 0;
+}
+
 }  // namespace
 
 size_t spectrum_workspace(int64_t modules, int64_t rank) {
@@ -129,7 +136,12 @@ size_t spectrum_workspace(int64_t modules, int64_t rank) {
 void spectrum(int64_t modules, int64_t rank, const double* gram_b, const double* gram_a,
               const double* scale, const SpectrumOptions& options, const Spectra& out,
               void* workspace, Stream stream) {
-  if (modules == 0 || rank == 0) return;
+  if (modules == 0) return;
+  if (rank == 0) {
+    const int64_t blocks = (modules + kFactorThreads - 1) / kFactorThreads;
+    return launch(no_ranks, dim3(static_cast<unsigned>(blocks)), kFactorThreads, 0, stream, modules,
+                  out.total_energy, out.info);
+  }
   const Scratch scratch(modules, rank, workspace);
   const auto blocks = static_cast<unsigned>(modules);
   const auto r = static_cast<int>(rank);

@@ -139,8 +139,8 @@ class Descent {
       }
     }
     __syncthreads();
-    // Few entries: several threads share the pairs of one.
-    const int width = (entries_ + 31) / 32 * 32;
+    // Few entries, or none: several threads share the pairs of one.
+    const int width = entries_ == 0 ? 32 : (entries_ + 31) / 32 * 32;
     const int parts = width < kDescentThreads ? kDescentThreads / width : 1;
     const int stride = parts > 1 ? width : kDescentThreads;
     const int part = parts > 1 ? thread_ / width : 0;
