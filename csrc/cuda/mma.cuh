@@ -8,11 +8,16 @@
 // The sum over K does not care how K is numbered, so kernels give a lane those terms that lie
 // together in memory.
 //
-// float64 m16n8k* begins with sm_90; sm_80 does the same with m8n8k4, of which it is made. In the
-// emulator every product is a chain of fused multiply-adds in the order of k.
+// float64 m16n8k* begins with sm_90; sm_80 does the same with m8n8k4, of which it is made: a chain
+// of fused multiply-adds in the order of k, there as in the emulator. Float32 sums are cut off
+// instead of rounded (tests/emulator/tensor_core.h).
 #pragma once
 
 #include "device.cuh"
+
+#ifndef __CUDACC__
+#include "tests/emulator/tensor_core.h"
+#endif
 
 namespace fedlora::cuda {
 
@@ -117,17 +122,25 @@ void multiply(void* const* arguments, const F& value) {
     }
   }
   for (int row = 0; row < 16; ++row) {
-    T sum[8];
-    for (int column = 0; column < 8; ++column) {
-      sum[column] = lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
-    }
-    for (int k = 0; k < kDepth; ++k) {
+    const auto result = [&](int column) -> T& {
+      return lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
+    };
+    if constexpr (std::is_same_v<T, float>) {
       for (int column = 0; column < 8; ++column) {
-        sum[column] = std::fma(a[row][k], b[k][column], sum[column]);
+        float terms[kDepth];
+        for (int k = 0; k < kDepth; ++k) terms[k] = b[k][column];
+        result(column) = emulator::tensor_core_sum(result(column), a[row], terms, kDepth, 4 / kEach,
+                                                   device().capability);
       }
-    }
-    for (int column = 0; column < 8; ++column) {
-      lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2] = sum[column];
+    } else {
+      T sum[8];
+      for (int column = 0; column < 8; ++column) sum[column] = result(column);
+      for (int k = 0; k < kDepth; ++k) {
+        for (int column = 0; column < 8; ++column) {
+          sum[column] = std::fma(a[row][k], b[k][column], sum[column]);
+        }
+      }
+      for (int column = 0; column < 8; ++column) result(column) = sum[column];
     }
   }
 }
