@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fedlora_kernels.triton import device, tiles
+from fedlora_kernels.triton.compiled import traceable
 from fedlora_kernels.triton.factors import Factors, listed, rank_starts, rank_steps, stacked
 
 Pair = tuple[Tensor, Tensor]
@@ -118,7 +118,7 @@ def _launch(factors: Factors, coefficients: Tensor, out: Tensor) -> None:
         factors.modules * triton.cdiv(factors.depth, tile["depth"]),
         triton.cdiv(out.shape[2], columns),
     )
-    wrap_triton(product)[grid](
+    traceable(product)[grid](
         factors.source,
         factors.table,
         coefficients,

@@ -10,6 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
+
+from fedlora_kernels.triton import interpreted
+
+
+def traceable(kernel: Any) -> Any:
+    """The kernel as it is launched: what tracing records, or itself where it is interpreted, which
+    torch before 2.13 does not wrap.
+    """
+    return kernel if interpreted() else wrap_triton(kernel)
 
 
 def open_up(name: str, launch: Callable[..., Any], kernels: list[Any]) -> None:

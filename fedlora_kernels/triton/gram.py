@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fedlora_kernels.triton import device, tiles
+from fedlora_kernels.triton.compiled import traceable
 from fedlora_kernels.triton.factors import Factors, listed, rank_starts, rank_steps, stacked
 
 # Terms summed in float32 before they go to the float64 total, as the operator promises. Shares of
@@ -175,7 +175,7 @@ def _launch(x: Factors, precision: str) -> Tensor:
     splits = triton.cdiv(x.depth, max(1, length))
     shares = torch.empty((splits, size), dtype=torch.float64, device=where)
     result = torch.empty((x.modules, x.ranks, x.ranks), dtype=torch.float64, device=where)
-    wrap_triton(gram_tiles)[(splits * x.modules * pairs,)](
+    traceable(gram_tiles)[(splits * x.modules * pairs,)](
         x.source,
         x.table,
         shares,
@@ -196,7 +196,7 @@ def _launch(x: Factors, precision: str) -> Tensor:
         num_warps=tile["warps"],
         num_stages=tile["stages"],
     )
-    wrap_triton(gram_sum)[(triton.cdiv(size, _ELEMENTS),)](
+    traceable(gram_sum)[(triton.cdiv(size, _ELEMENTS),)](
         shares, result, splits, x.ranks, size, ELEMENTS=_ELEMENTS
     )
     return result

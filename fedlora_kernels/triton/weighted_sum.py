@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fedlora_kernels.triton import device, tiles
+from fedlora_kernels.triton.compiled import traceable
 from fedlora_kernels.triton.factors import WIDEST, captured, check_together, upload
 
 
@@ -128,7 +128,7 @@ def _launch(
     tile = tiles.chosen("weighted_sum", source.device)
     size, columns = layout[:2]
     result = torch.empty(shape, dtype=device.result_dtype(dtype), device=source.device)
-    wrap_triton(weighted_run)[(shape[0] * triton.cdiv(size, tile["elements"]),)](
+    traceable(weighted_run)[(shape[0] * triton.cdiv(size, tile["elements"]),)](
         source,
         table,
         weights,
