@@ -79,7 +79,7 @@ def xsyev_batched(matrices: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
     Raises:
         RuntimeError: there is no cuSOLVER with this function, or a call fails.
     """
-    library = _load()
+    library = _load(matrices.device)
     count, size, _ = matrices.shape
     kind, device = _TYPES[matrices.dtype], matrices.device
     handle, parameters = ctypes.c_void_p(), ctypes.c_void_p()
@@ -129,7 +129,11 @@ def xsyev_batched(matrices: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
     return solve
 
 
-def _load() -> ctypes.CDLL:
+def _load(device: torch.device) -> ctypes.CDLL:
+    """The cuSOLVER that torch uses: it loads its own with the first decomposition, wherever that
+    lies, and its name then finds it.
+    """
+    torch.linalg.eigh(torch.eye(2, device=device))
     for name in _LIBRARIES:
         try:
             library = ctypes.CDLL(name)
