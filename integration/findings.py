@@ -1,13 +1,13 @@
 """The tables of docs/findings.md, from the summaries of committed runs.
 
-    python -m integration.findings integration/results/<device> docs/findings.md
+    python -m integration.findings integration/results docs/findings.md
 
 The page says which tables it wants, each between two marks; the text between them is replaced:
 
-    <!-- table accuracy: iid = IID; dirichlet-0.1 = Dirichlet 0.1 -->
+    <!-- table accuracy: cpu/iid = IID; cpu/dirichlet-0.1 = Dirichlet 0.1 -->
     <!-- end -->
 
-`accuracy` is one of CELLS, `iid` a run's folder, `IID` the heading of its column.
+`accuracy` is one of CELLS, `cpu/iid` a run's folder, `IID` the heading of its column.
 """
 
 from __future__ import annotations
