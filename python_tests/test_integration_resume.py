@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 
 import pytest
 import torch
@@ -37,9 +38,19 @@ def in_a_child(function, *arguments):
     """Run in a process of its own, so that killing it leaves this one alone; returns that one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["forked"])
-    child = context.Process(target=function, args=arguments)
-    child.start()
+    child = context.Process(target=as_forked, args=(function, *arguments))
+    with pytest.MonkeyPatch.context() as patch:
+        # What is preloaded is looked for there alone, and not finding it is no error.
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        child.start()
     return child
+
+
+def as_forked(function, *arguments):
+    """Other numbers of threads have other bits."""
+    assert "forked" in sys.modules
+    assert torch.get_num_threads() == 1
+    function(*arguments)
 
 
 def adapters(out):
