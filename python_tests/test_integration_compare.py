@@ -14,7 +14,6 @@ from integration.compare import choose
 from integration.federation import Federation
 from integration.server import Server
 from integration.settings import SettingsError
-from integration.tasks import stdlib_chapters
 from integration.trainer import LocalTrainer
 
 RULES = ("fedit", "ffa", "fedsa", "flora", "flexlora", "florist", "flora_na")
@@ -32,15 +31,6 @@ KEYS = [
 ]
 ROUNDING = 1e-5
 """Relative error that float32 factors may leave; measured 4e-9 (ffa, quickstart)."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def parse_the_library_once():
-    """The strings are the same for every run of this process."""
-    found = stdlib_chapters.strings()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stdlib_chapters, "strings", lambda: found)
-        yield
 
 
 @pytest.fixture(scope="module")

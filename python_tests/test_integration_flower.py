@@ -9,7 +9,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from integration.engine import LocalEngine
-from integration.tasks import stdlib_chapters
 
 pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")
 
@@ -19,14 +18,10 @@ from nodes import Nodes, lines, on, take, tiny
 from integration.flower.engine import FlowerEngine
 
 
-@pytest.fixture(scope="module", autouse=True)
-def parse_the_library_once():
-    """The strings are the same for every run of this process."""
-    found = stdlib_chapters.strings()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stdlib_chapters, "strings", lambda: found)
-        patch.setattr("integration.compare.write_report", lambda _: None)  # drawn elsewhere
-        yield
+@pytest.fixture(autouse=True)
+def drawn_elsewhere(monkeypatch):
+    """No report of these runs."""
+    monkeypatch.setattr("integration.compare.write_report", lambda _: None)
 
 
 def adapters(out):

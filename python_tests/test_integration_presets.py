@@ -11,7 +11,7 @@ from integration.__main__ import main
 from integration.plan import plan
 from integration.published import PUBLISHED
 from integration.settings import PRESETS, SettingsError, from_preset
-from integration.tasks import TASKS, stdlib_chapters
+from integration.tasks import TASKS
 from integration.tasks.glue import SUBSETS
 from integration.tiny import ROWS, tiny
 
@@ -31,15 +31,6 @@ PARAMETERS = {  # as the models' cards and `num_parameters` of the loaded models
     "hetero-quickstart": 22_565_376,
     "quickstart": 22_565_376,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def parse_the_library_once():
-    """The strings are the same for every run of this process."""
-    found = stdlib_chapters.strings()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stdlib_chapters, "strings", lambda: found)
-        yield
 
 
 def test_every_preset_of_the_issue_is_there():

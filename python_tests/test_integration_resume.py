@@ -14,19 +14,9 @@ from miniature import metrics, miniature, run, timeless
 import fedlora_kernels as flk
 from integration import files, records, rounds, state
 from integration.settings import SettingsError
-from integration.tasks import stdlib_chapters
 
 RULES = ["florist", "flora", "fedsa", "fedex"]
 """One that continues, one that merges, one that keeps personal parts, one with a residual."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def parse_the_library_once():
-    """The strings are the same for every run of this process."""
-    found = stdlib_chapters.strings()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stdlib_chapters, "strings", lambda: found)
-        yield
 
 
 def settings(**changes):

@@ -40,11 +40,13 @@ def test_no_text_is_in_two_splits(task):
 
 
 def test_it_is_the_same_every_time(task):
+    stdlib_chapters.parse.cache_clear()
     assert TASKS["stdlib_chapters"](test_size=640, shared_per_class=50) == task
 
 
 def test_making_it_imports_no_module_of_the_library(task):
     """Parsed, not imported: no Zen of Python, no browser, no window."""
+    stdlib_chapters.parse.cache_clear()
     before = set(sys.modules)
     stdlib_chapters.strings()
     imported = set(sys.modules) - before

@@ -17,8 +17,10 @@ import importlib
 import inspect
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from integration.tasks.task import Example, Task, TaskError, split
 
@@ -77,13 +79,18 @@ def load(*, test_size: int, shared_per_class: int, train_size: int | None = None
     )
 
 
-def strings() -> dict[str, str]:
-    """Text -> chapter, without repetitions.
+def strings() -> Mapping[str, str]:
+    """Text -> chapter, without repetitions; parsed once in a process.
 
     A text that several modules of one chapter share is kept once; one that several chapters share
     ("Return the size in bytes.") has no right answer and is dropped.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
+    return parse(Path(sysconfig.get_paths()["stdlib"]))
+
+
+@cache
+def parse(root: Path) -> Mapping[str, str]:
+    """`strings` of the library in this folder."""
     found: dict[str, tuple[str, str]] = {}
     ambiguous: set[str] = set()
     for chapter, modules in CHAPTERS.items():
@@ -103,7 +110,7 @@ def strings() -> dict[str, str]:
             f"task stdlib_chapters: found {len(kept)} documentation strings under {root}, need "
             f"{MINIMUM_STRINGS}; install the sources of the standard library (Debian: python3-dev)"
         )
-    return kept
+    return MappingProxyType(kept)
 
 
 def _paragraphs(root: Path, module: str) -> Iterator[str]:
