@@ -363,6 +363,23 @@ def test_compiles_with_inductor() -> None:
     assert_compiles(ops.stacked_svd, [(*batch.inputs(), 0.9, 3)], backend="inductor")
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_ranks_are_the_zero_update(
+    dtype: torch.dtype, precision: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """R = 0, without a word on stderr, where LAPACK would call it an illegal value."""
+    b, a = (torch.empty(shape, dtype=dtype, device=DEVICE) for shape in ((2, 7, 0), (2, 0, 9)))
+    scale = torch.empty(2, 0, dtype=torch.float64, device=DEVICE)
+    with poisoned_memory():
+        b_g, a_g, sigma, ranks = raw.stacked_svd(b, a, scale, 0.9, 3, precision)
+    assert torch.equal(b_g, torch.zeros_like(b_g)) and b_g.shape == (2, 7, 3)
+    assert torch.equal(a_g, torch.zeros_like(a_g)) and a_g.shape == (2, 3, 9)
+    assert sigma.shape == (2, 0)
+    assert ranks.tolist() == [0, 0]
+    assert capfd.readouterr() == ("", "")
+
+
 def bad_calls() -> list[tuple[type[Exception], str, tuple[object, ...]]]:
     b, a = torch.ones(2, 7, 4), torch.ones(2, 4, 9)
     scale = torch.ones(2, 4, dtype=torch.float64)

@@ -54,6 +54,7 @@ Spectrum::Spectrum(int64_t rank, const double* gram_b, const double* gram_a, con
 // L of T D G_A D T.
 void Spectrum::factor(const double* gram_a, double noise) {
   const int64_t rank = rank_;
+  if (rank == 0) return;  // which LAPACK calls an illegal value, on stderr
   double largest = 0;
   const auto fill = [&] {
     for (int64_t j = 0; j < rank; ++j) {

@@ -18,7 +18,7 @@ namespace fedlora::cuda {
 struct SpectrumOptions {
   double energy = 1;  // what a leading-subspace solver may stop at
   int64_t cap = 0;    // how many singular values are needed at most; 0: all
-  double noise = 0;   // relative error of the Grams' entries: 0, or 4 eps of float32 ("fast")
+  double noise = 0;   // relative error of the Grams' entries; 0 for float64 sums
 };
 
 struct Spectra {
