@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -24,15 +25,24 @@ def settings(**changes):
     return miniature(optimizer_state="keep", client_test_size=6, train_size=40, **changes)
 
 
-def in_a_child(function, *arguments):
-    """Run in a process of its own, so that killing it leaves this one alone; returns that one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forked"])
-    child = context.Process(target=as_forked, args=(function, *arguments))
+@pytest.fixture(scope="module", autouse=True)
+def forks():
+    """A fork server of these tests; that of the process may have begun without the imports."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(["forked"])
     with pytest.MonkeyPatch.context() as patch:
         # What is preloaded is looked for there alone, and not finding it is no error.
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        child.start()
+        patch.setattr(forkserver, "connect_to_new_process", server.connect_to_new_process)
+        yield
+    server._stop()
+
+
+def in_a_child(function, *arguments):
+    """Run in a process of its own, so that killing it leaves this one alone; returns that one."""
+    context = multiprocessing.get_context("forkserver")
+    child = context.Process(target=as_forked, args=(function, *arguments))
+    child.start()
     return child
 
 
