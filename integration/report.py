@@ -29,8 +29,9 @@ PAGE = """<!doctype html>
   dd {{ margin: 0; font-size: 1.3rem; font-weight: 600; }}
   ul {{ margin: .3rem 0 .9rem; padding-left: 1.2rem; color: #57606a; }}
   .wide {{ overflow-x: auto; }}
-  table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-  th, td {{ padding: .45rem .7rem; text-align: right; border-bottom: 1px solid #eaeef2;
+  table {{ border-collapse: collapse; width: 100%; font-size: .875rem;
+          font-variant-numeric: tabular-nums; }}
+  th, td {{ padding: .45rem .5rem; text-align: right; border-bottom: 1px solid #eaeef2;
             white-space: nowrap; }}
   th {{ font-size: .82rem; font-weight: 600; color: #6e7781; border-bottom: 2px solid #d0d7de; }}
   th:first-child, td:first-child {{ text-align: left; }}
