@@ -1,10 +1,12 @@
 """aggregate: the clients' adapters in, the global adapter out.
 
-load -> stack -> gram -> rule (spectrum + rank | surrogate | nothing) -> combine -> report
+load -> stack -> gram -> rule (spectrum + rank | surrogate | nothing) -> report -> combine
+
+One batch of modules after the other, so that the Gram matrices of one batch are held at a time.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from fedlora_kernels import clients, folder, peft_format
 from fedlora_kernels.adapter import WRITTEN, Adapter
 from fedlora_kernels.factors import AdapterError, Factors
 from fedlora_kernels.grams import Grams
-from fedlora_kernels.report import CurvePoint, Report, curve, report
+from fedlora_kernels.report import CurvePoint, Report, Swept, curve, report, swept
 from fedlora_kernels.rules import Rule, rules
 from fedlora_kernels.rules.solution import Coefficients, Mixture
 from fedlora_kernels.stack import Batch, stack
@@ -160,26 +162,56 @@ def aggregate(
         raise ValueError(f"heads must be average or local, found {heads!r}")
     clients.check(adapters, chosen)
     shares = clients.normalised(weights, adapters)
+    made = _Made(clients.unreported(adapters))
     batches = stack(adapters, shares, absent=absent, device=device)
-    grams = [Grams.of(batch, precision) for batch in batches]
-    for batch_grams in grams:
-        batch_grams.check()
-    solutions = chosen.solve(grams, **options)
+    together = any(options.get(name) is not None for name in chosen.joint)
+    for group in [batches] if together else [[batch] for batch in batches]:
+        made.take(group, chosen, precision, dtype, options)
 
-    rows = clients.unreported(adapters)
-    for batch_grams, solution in zip(grams, solutions, strict=True):
-        rows.update(report(batch_grams, solution))
-    parts = [solution.adapter for solution in solutions]
-    factors = _factors(batches, parts, adapters, uniform_rank, dtype)
+    embeddings = _embeddings(adapters)
+    factors = _finished(made.factors, embeddings, uniform_rank)
     extras = clients.average_extras(adapters, shares) if heads == "average" else {}
-    adapter = _global_adapter(chosen, adapters, factors, parts, extras, shares)
-    residuals = [solution.residual for solution in solutions if solution.residual is not None]
+    adapter = _global_adapter(chosen, adapters, factors, made.averaged, extras, shares)
     residual = None
-    if residuals:
-        rest = _factors(batches, residuals, adapters, uniform_rank, dtype)
+    if made.residuals:
+        rest = _finished(made.residuals, embeddings, uniform_rank)
         residual = Adapter(rest, peft_format.headless(_config(adapters, rest, rslora=False)))
-    points = curve(grams, solutions)
-    return Aggregation(chosen, adapter, residual, _sorted(rows), points, list(adapters), heads)
+    return Aggregation(
+        chosen, adapter, residual, _sorted(made.rows), curve(made.swept), list(adapters), heads
+    )
+
+
+@dataclass
+class _Made:
+    """What is kept of the batches that are done: no Gram matrix, no coefficient."""
+
+    rows: Report
+    factors: dict[str, Factors] = field(default_factory=dict)
+    residuals: dict[str, Factors] = field(default_factory=dict)
+    swept: list[dict[float, Swept]] = field(default_factory=list)
+    averaged: bool = True
+    """whether all factors are averages of the clients' factors"""
+
+    def take(
+        self,
+        batches: Sequence[Batch],
+        rule: Rule,
+        precision: str,
+        dtype: torch.dtype | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Gram matrices, the rule's coefficients, report and factors of these batches."""
+        grams = [Grams.of(batch, precision) for batch in batches]
+        for batch_grams in grams:
+            batch_grams.check()
+        solutions = rule.solve(grams, **options)
+        for batch, batch_grams, solution in zip(batches, grams, solutions, strict=True):
+            self.rows.update(report(batch_grams, solution))
+            self.swept.append(swept(batch_grams, solution))
+            self.factors.update(_factors(batch, solution.adapter, dtype))
+            self.averaged &= isinstance(solution.adapter, Mixture)
+            if solution.residual is not None:
+                self.residuals.update(_factors(batch, solution.residual, dtype))
 
 
 def _rule(name: str) -> Rule:
@@ -202,43 +234,49 @@ def _refuse_overflow(modules: Sequence[str], factor: Tensor) -> None:
 
 
 def _factors(
-    batches: Sequence[Batch],
-    parts: Sequence[Coefficients],
-    adapters: Sequence[Adapter],
-    uniform_rank: bool,
-    dtype: torch.dtype | None,
-) -> dict[str, Factors]:
-    """combine | weighted_sum over the batches, each module cut to its own rank (at least 1)."""
-    embeddings = {
+    batch: Batch, part: Coefficients, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Factors]]:
+    """combine | weighted_sum over the batch, each module cut to its own rank (at least 1)."""
+    b_g, a_g = part.factors(batch if dtype is None else batch.widened(dtype))
+    b_g, a_g = b_g.to(dtype or b_g.dtype), a_g.to(dtype or a_g.dtype)
+    for factor in (b_g, a_g):
+        _refuse_overflow(batch.modules, factor)
+    numbers = zip(batch.modules, part.ranks.tolist(), part.scaling.tolist(), strict=True)
+    for index, (module, rank, scaling) in enumerate(numbers):
+        width = max(1, rank)
+        b, a = b_g[index, :, :width].contiguous(), a_g[index, :width].contiguous()
+        yield module, Factors(b, a, scaling)
+
+
+def _embeddings(adapters: Sequence[Adapter]) -> set[str]:
+    return {
         module
         for adapter in adapters
         for module, factors in adapter.factors.items()
         if factors.embedding
     }
-    widest = max([1, *(int(part.ranks.max()) for part in parts)])
-    made = {}
-    for batch, part in zip(batches, parts, strict=True):
-        b_g, a_g = part.factors(batch if dtype is None else batch.widened(dtype))
-        b_g, a_g = b_g.to(dtype or b_g.dtype), a_g.to(dtype or a_g.dtype)
-        for factor in (b_g, a_g):
-            _refuse_overflow(batch.modules, factor)
-        numbers = zip(part.ranks.tolist(), part.scaling.tolist(), strict=True)
-        for index, (rank, scaling) in enumerate(numbers):
-            width = max(1, rank)
-            b, a = b_g[index, :, :width].contiguous(), a_g[index, :width].contiguous()
-            if uniform_rank:
-                b = torch.nn.functional.pad(b, (0, widest - width))
-                a = torch.nn.functional.pad(a, (0, 0, 0, widest - width))
-            module = batch.modules[index]
-            made[module] = Factors(b, a, scaling, module in embeddings)
-    return dict(sorted(made.items()))
+
+
+def _finished(
+    made: Mapping[str, Factors], embeddings: Set[str], uniform_rank: bool
+) -> dict[str, Factors]:
+    """By name, embeddings marked, and padded to one rank where that was asked for."""
+    widest = max((item.rank for item in made.values()), default=1)
+    finished = {}
+    for module, item in sorted(made.items()):
+        b, a = item.b, item.a
+        if uniform_rank:
+            b = torch.nn.functional.pad(b, (0, widest - item.rank))
+            a = torch.nn.functional.pad(a, (0, 0, 0, widest - item.rank))
+        finished[module] = Factors(b, a, item.scaling, module in embeddings)
+    return finished
 
 
 def _global_adapter(
     rule: Rule,
     adapters: Sequence[Adapter],
     factors: dict[str, Factors],
-    parts: Sequence[Coefficients],
+    averaged: bool,
     extras: dict[str, Tensor],
     shares: Tensor,
 ) -> Adapter:
@@ -253,7 +291,6 @@ def _global_adapter(
         config = first.config if extras else peft_format.headless(first.config)
         return Adapter({}, config, vera=vera, extras={**extras, **fixed})
     flags = {bool(adapter.config.get("use_rslora")) for adapter in adapters}
-    averaged = all(isinstance(part, Mixture) for part in parts)
     config = _config(adapters, factors, rslora=averaged and flags == {True})
     if rule.personal:  # B stays with the clients
         factors = {

@@ -1,9 +1,9 @@
 """Report: how close each module's aggregate came to the ideal update, from the Grams alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,22 +112,35 @@ def relative(error: Tensor, grams: Grams) -> Tensor:
     return torch.where(total > 0, ratio, torch.where(error > grams.noise, torch.inf, 0.0))
 
 
-def curve(grams: Sequence[Grams], solutions: Sequence[Solution]) -> list[CurvePoint]:
-    """Rank against error over the energies that the rule was asked for."""
-    shares = solutions[0].sweep.keys() if solutions else ()
+class Swept(NamedTuple):
+    """One batch at one energy of the curve."""
+
+    ranks: Tensor
+    """[L]"""
+    errors: Tensor
+    """[L], the SVD floor at these ranks"""
+    parameters: int
+
+
+def swept(grams: Grams, solution: Solution) -> dict[float, Swept]:
+    """Rank and error of one batch over the energies that the rule was asked for."""
+    return {
+        share: Swept(
+            ranks.cpu(),
+            svd_floor(grams, ranks).cpu(),
+            int(ranks.clamp_min(1).sum()) * sum(grams.size),
+        )
+        for share, ranks in solution.sweep.items()
+    }
+
+
+def curve(batches: Sequence[Mapping[float, Swept]]) -> list[CurvePoint]:
+    """Rank against error over all batches, one point per energy."""
     points = []
-    for share in shares:
-        ranks = torch.cat([solution.sweep[share].cpu() for solution in solutions])
-        errors = torch.cat(
-            [
-                svd_floor(batch, solution.sweep[share]).cpu()
-                for batch, solution in zip(grams, solutions, strict=True)
-            ]
-        )
-        parameters = sum(
-            int(solution.sweep[share].clamp_min(1).sum()) * sum(batch.size)
-            for batch, solution in zip(grams, solutions, strict=True)
-        )
+    for share in batches[0] if batches else ():
+        parts = [batch[share] for batch in batches]
+        ranks, errors = torch.cat([x.ranks for x in parts]), torch.cat([x.errors for x in parts])
+        parameters = sum(part.parameters for part in parts)
         mean_rank = float(ranks.double().mean())
         points.append(CurvePoint(share, mean_rank, float(errors.mean()), parameters))
     return points

@@ -5,10 +5,11 @@
 The factors stay where they are: a batch holds the clients' tensors, the operators' ``*_list`` forms
 read them there, and a stack is copied together only for who asks for one. Modules are batched
 together when their sizes, the clients that have them and those clients' ranks agree, so a
-homogeneous federation is one or a few batches however many layers the model has.
+homogeneous federation is one or a few batches however many layers the model has; a batch ends where
+its R x R Gram matrices would outgrow GRAM_BYTES, so memory does not grow with the number of layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -22,6 +23,12 @@ from fedlora_kernels.ops.gram import stack as stacked
 from fedlora_kernels.peft_format import label
 
 ABSENT = ("zero", "renormalise")
+
+GRAM_BYTES = 1 << 27
+"""What the matrices G_B of one batch may take: 128 MiB, 1024 modules at R = 128 and 64 at R = 512.
+
+Some ten such arrays live while a batch is worked on; one module is a batch however large it is.
+"""
 
 
 class Signature(NamedTuple):
@@ -102,9 +109,19 @@ def stack(
     for module in sorted({name for adapter in adapters for name in adapter.factors}):
         groups.setdefault(_signature(adapters, module), []).append(module)
     return [
-        _batch(adapters, signature, modules, weights, absent, device)
+        _batch(adapters, signature, part, weights, absent, device)
         for signature, modules in groups.items()
+        for part in _parts(modules, sum(signature.ranks))
     ]
+
+
+def _parts(modules: Sequence[str], stacked_rank: int) -> Iterator[Sequence[str]]:
+    """The modules in runs whose Gram matrices fit GRAM_BYTES, as equal as can be."""
+    fit = max(1, GRAM_BYTES // max(1, 8 * stacked_rank**2))
+    count = -(-len(modules) // fit)
+    for part in range(count):
+        begin, end = (len(modules) * index // count for index in (part, part + 1))
+        yield modules[begin:end]
 
 
 def _signature(adapters: Sequence[Adapter], module: str) -> Signature:

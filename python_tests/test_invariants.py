@@ -1,5 +1,7 @@
 """What every rule must satisfy, on drawn federations and on every matrix family."""
 
+import weakref
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -27,6 +29,8 @@ from matrices import CASES as FAMILY_CASES
 from matrices import FAMILIES, case_id
 
 import fedlora_kernels as flk
+from fedlora_kernels.grams import Grams
+from fedlora_kernels.stack import Batch
 
 EXAMPLES = 12
 MODULE = "net.0.q"
@@ -265,3 +269,48 @@ def test_uniform_rank_pads_without_a_change(rule: str) -> None:
         assert torch.equal(whole_update(padded, module), whole_update(plain, module)) or norm(
             whole_update(padded, module) - whole_update(plain, module)
         ) <= 1e-12 * round_.magnitude(module)
+
+
+MANY_OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "florist": [{"energies": (0.5, 0.9)}, {"rank_budget": 7}],
+    "flexlora": [{"uniform_rank": True}],
+    "fedex": [{}, {"residual_rank": 2}],
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [(rule, options) for rule in flk.rules() for options in MANY_OPTIONS.get(rule, [{}])],
+    ids=str,
+)
+def test_batches_of_one_module_give_the_same(
+    rule: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many modules' Gram matrices fit at a time; only where modules compete do all."""
+    round_ = draw(common_a=rule == "ffa")
+    together = round_.aggregate(rule, **options)
+    alive: list[weakref.ref[Grams]] = []
+    most = 0
+    whole = Grams.of
+
+    def counted(batch: Batch, precision: str) -> Grams:
+        nonlocal most
+        grams = whole(batch, precision)
+        alive.append(weakref.ref(grams))
+        most = max(most, sum(found() is not None for found in alive))
+        return grams
+
+    monkeypatch.setattr(Grams, "of", counted)
+    monkeypatch.setattr("fedlora_kernels.stack.GRAM_BYTES", 0)
+    alone = round_.aggregate(rule, **options)
+    assert len(alive) == 3
+    assert most == (3 if "rank_budget" in options else 1)
+    assert_same_updates(together, alone, round_)
+    for one, other in zip(together.curve, alone.curve, strict=True):
+        assert asdict(one) == pytest.approx(asdict(other))
+    for module in round_.modules:
+        first, second = together.report[module], alone.report[module]
+        assert together.adapter.factors[module].rank == alone.adapter.factors[module].rank
+        assert first.rank == second.rank
+        assert first.relative_error == pytest.approx(second.relative_error, abs=1e-7)
+        assert first.svd_floor == pytest.approx(second.svd_floor, abs=1e-7)

@@ -5,6 +5,7 @@ import torch
 from federation import Drawn, draw, federation
 
 import fedlora_kernels as flk
+from fedlora_kernels import stack as module_of_stack
 from fedlora_kernels.stack import stack
 
 
@@ -44,6 +45,21 @@ def test_a_homogeneous_federation_is_one_batch_for_each_size() -> None:
             bs, as_, _, _ = round_.of(module)
             assert torch.equal(batch.b[index], torch.cat(bs, dim=1))
             assert torch.equal(batch.a[index], torch.cat(as_, dim=0))
+
+
+@pytest.mark.parametrize(("fit", "expected"), [(0, [1] * 10), (4, [3, 3, 4]), (10, [10])])
+def test_a_batch_ends_where_its_gram_matrices_would_outgrow_the_limit(
+    fit: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At least one module, else at most `fit`, and every module once, in order."""
+    round_ = draw(sizes={f"layers.{i}.q": (6, 5) for i in range(10)}, ranks=(4, 2, 1))
+    monkeypatch.setattr(module_of_stack, "GRAM_BYTES", fit * 7 * 7 * 8)
+    batches = stack(round_.adapters, shares(1, 1, 1))
+    assert [len(batch.modules) for batch in batches] == expected
+    assert [module for batch in batches for module in batch.modules] == round_.modules
+    for batch in batches:
+        for index, module in enumerate(batch.modules):
+            assert torch.equal(batch.b[index], torch.cat(round_.of(module)[0], dim=1))
 
 
 @pytest.mark.parametrize("absent", ["zero", "renormalise"])

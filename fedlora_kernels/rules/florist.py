@@ -39,7 +39,8 @@ def solve(
         rank: a fixed rank instead, capped at min(R, m, n).
         max_rank: cap on every module's rank.
         rank_budget: the sum of all modules' ranks instead; spent, largest sigma^2 / (m + n)
-            first, where a parameter buys the most energy (every non-zero module gets one).
+            first, where a parameter buys the most energy (every non-zero module gets one). The
+            Gram matrices of all modules are in memory at once then.
         energies: more shares to report ranks and errors for, from the same factorisation.
         split: which factor carries the singular values: "b", "balanced" or "a".
 
@@ -115,4 +116,5 @@ RULE = Rule(
     exact="best of its rank",
     is_exact=False,
     heterogeneous=True,
+    joint=("rank_budget",),
 )

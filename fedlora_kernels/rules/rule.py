@@ -22,7 +22,7 @@ class Rule:
     paper: str
     """arXiv number"""
     solve: Solve
-    """(grams of all batches, **options) -> one Solution per batch"""
+    """(grams of one or more batches, **options) -> one Solution per batch"""
     travels: str
     """what a client sends, in words"""
     exact: str
@@ -39,6 +39,8 @@ class Rule:
     """the factors a client trains"""
     after: Literal["continue", "merge"] = "continue"
     """how a round goes on by default: from the global adapter, or merged into the base"""
+    joint: tuple[str, ...] = ()
+    """options under which the modules compete, so that all batches are solved together"""
     validate: Callable[[Sequence[Adapter]], None] | None = None
     """checks that need the factors themselves"""
 
