@@ -7,7 +7,8 @@ The page says which tables it wants, each between two marks; the text between th
     <!-- table accuracy: cpu/iid = IID; cpu/dirichlet-0.1 = Dirichlet 0.1 -->
     <!-- end -->
 
-`accuracy` is one of CELLS, `cpu/iid` a run's folder, `IID` the heading of its column.
+`accuracy` is one of CELLS, `cpu/iid` a run's folder, `IID` the heading of its column. Rules named
+after the cells, as in `table accuracy fedit florist: ...`, are the only ones shown.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import fedlora_kernels as flk
 from integration.files import write
 from integration.table import Entry, megabytes, relative, score
 
-TABLE = re.compile(r"(<!-- table (\w+): ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table (\w+)((?: \w+)*): ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 CELLS: Mapping[str, Callable[[Entry], str]] = {
     "accuracy": score("accuracy", "within_noise"),
@@ -42,21 +43,21 @@ def filled(text: str, results: Path) -> str:
     """
 
     def table(found: re.Match[str]) -> str:
-        begin, name, columns, end = found.groups()
+        begin, name, rules, columns, end = found.groups()
         if name not in CELLS:
             raise ValueError(f"unknown table {name!r}; known: {', '.join(CELLS)}")
         pairs = (column.partition("=") for column in columns.split(";"))
         runs = {heading.strip(): results / run.strip() for run, _, heading in pairs}
-        return begin + "\n" + "\n".join(_table(name, runs)) + "\n\n" + end
+        return begin + "\n" + "\n".join(_table(name, rules.split(), runs)) + "\n\n" + end
 
     return TABLE.sub(table, text)
 
 
-def _table(name: str, runs: Mapping[str, Path]) -> Iterator[str]:
+def _table(name: str, rules: Sequence[str], runs: Mapping[str, Path]) -> Iterator[str]:
     yield "| | " + " | ".join(runs) + " |"
     yield "|---" + "|---:" * len(runs) + "|"
     columns = [_summary(run) for run in runs.values()]
-    for rule in dict.fromkeys(rule for column in columns for rule in column):
+    for rule in rules or dict.fromkeys(rule for column in columns for rule in column):
         cells = (CELLS[name](column[rule]) if rule in column else "" for column in columns)
         yield f"| {flk.rules()[rule].title} | " + " | ".join(cells) + " |"
     if name in ("accuracy", "loss"):

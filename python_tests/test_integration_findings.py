@@ -46,6 +46,12 @@ def test_a_table_between_its_marks(run):
     assert filled(text, run.parent) == text
 
 
+def test_rules_by_name(run):
+    page = "<!-- table rank fedsa: run = Run -->\n<!-- end -->"
+    assert "FedSA-LoRA" in filled(page, run.parent)
+    assert "FedIT" not in filled(page, run.parent)
+
+
 def test_a_rule_that_a_run_lacks_has_an_empty_cell(run):
     other = run.parent / "other"
     other.mkdir()
