@@ -4,7 +4,6 @@ A process that has computed on several threads, as that of the tests may have, c
 child would wait for threads that it does not have.
 """
 
-import miniature  # noqa: F401  what a run needs
 import torch
 
 from integration.tasks import stdlib_chapters

@@ -29,7 +29,7 @@ def settings(**changes):
 def forks():
     """A fork server of these tests; that of the process may have begun without the imports."""
     server = forkserver.ForkServer()
-    server.set_forkserver_preload(["forked"])
+    server.set_forkserver_preload(["miniature", "forked"])
     with pytest.MonkeyPatch.context() as patch:
         # What is preloaded is looked for there alone, and not finding it is no error.
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
