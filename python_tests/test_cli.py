@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import fedlora_kernels as flk
+from fedlora_kernels._inspect import inspect
 from fedlora_kernels.cli import app, rule_options
-from fedlora_kernels.inspection import inspect
-from fedlora_kernels.rules.rule import Rule
-from fedlora_kernels.stack import ABSENT
+from fedlora_kernels.gram_space.batches import ABSENT
+from fedlora_kernels.rules import Rule
 
 # Functions of the same names hide these modules in their packages.
 AGGREGATE = import_module("fedlora_kernels.aggregate")
@@ -297,7 +297,11 @@ SAMPLES = {
 
 @pytest.mark.parametrize(
     ("rule", "option"),
-    [(rule.name, option) for rule in flk.rules().values() for option in rule.options],
+    [
+        (rule.name, option)
+        for rule in map(flk.rules.find, flk.rules.names())
+        for option in rule.options()
+    ],
 )
 def test_every_option_of_every_rule_is_a_flag(here, monkeypatch, rule, option):
     text, value = SAMPLES[option]
@@ -310,7 +314,7 @@ def test_every_option_of_every_rule_is_a_flag(here, monkeypatch, rule, option):
 
 def test_options_that_were_not_given_keep_the_rules_own_defaults(here, monkeypatch):
     options = handed_over(monkeypatch, "--rule", "florist", "--energy", "0.8")
-    own = flk.rules()["florist"].options.keys()
+    own = flk.rules.find("florist").options().keys()
     assert own & options.keys() == {"energy"}
     assert handed_over(monkeypatch, "--rule", "hetlora", "--norm-weighted")["norm_weighted"] is True
 
@@ -629,7 +633,7 @@ def test_rules_lists_every_rule():
     result = run("rules")
     assert (result.code, result.err) == (0, "")
     rows = {line.split()[0]: line for line in result.out.splitlines() if line.strip()}
-    for rule in flk.rules().values():
+    for rule in map(flk.rules.find, flk.rules.names()):
         for cell in (rule.title, rule.paper, rule.travels, rule.exact, rule.after):
             assert cell in rows[rule.name]
         assert ("any" if rule.heterogeneous else "equal") in rows[rule.name]

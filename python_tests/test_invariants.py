@@ -29,8 +29,8 @@ from matrices import CASES as FAMILY_CASES
 from matrices import FAMILIES, case_id
 
 import fedlora_kernels as flk
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.stack import Batch
+from fedlora_kernels.gram_space.batches import Batch
+from fedlora_kernels.gram_space.grams import Grams
 
 EXAMPLES = 12
 MODULE = "net.0.q"
@@ -212,7 +212,7 @@ def test_families(rule: str, case: tuple[str, torch.dtype]) -> None:
     assert_report(result, round_)
 
 
-@pytest.mark.parametrize("rule", flk.rules())
+@pytest.mark.parametrize("rule", flk.rules.names())
 def test_clients_are_not_changed_and_results_repeat_bit_for_bit(rule: str) -> None:
     round_ = draw(common_a=rule == "ffa")
     one, two = round_.aggregate(rule), round_.aggregate(rule)
@@ -226,7 +226,7 @@ def test_clients_are_not_changed_and_results_repeat_bit_for_bit(rule: str) -> No
             assert torch.equal(client.factors[module].a, item.a)
 
 
-GLOBAL_RULES = [rule for rule in flk.rules() if rule != "fedsa"]
+GLOBAL_RULES = [rule for rule in flk.rules.names() if rule != "fedsa"]
 
 
 @pytest.mark.parametrize("rule", GLOBAL_RULES)
@@ -280,7 +280,7 @@ MANY_OPTIONS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("rule", "options"),
-    [(rule, options) for rule in flk.rules() for options in MANY_OPTIONS.get(rule, [{}])],
+    [(rule, options) for rule in flk.rules.names() for options in MANY_OPTIONS.get(rule, [{}])],
     ids=str,
 )
 def test_batches_of_one_module_give_the_same(
@@ -301,7 +301,7 @@ def test_batches_of_one_module_give_the_same(
         return grams
 
     monkeypatch.setattr(Grams, "of", counted)
-    monkeypatch.setattr("fedlora_kernels.stack.GRAM_BYTES", 0)
+    monkeypatch.setattr("fedlora_kernels.gram_space.batches.GRAM_BYTES", 0)
     alone = round_.aggregate(rule, **options)
     assert len(alive) == 3
     assert most == (3 if "rank_budget" in options else 1)
