@@ -165,7 +165,8 @@ def stack(
         device: where the work is done; where the adapters are when None.
 
     Raises:
-        AdapterError: clients disagree about a module's size; the message names both.
+        AdapterError: clients disagree about a module's size, and the message names both; or the
+            square of a scaling is no float64.
     """
     if absent not in ABSENT:
         raise ValueError(f"absent must be one of {', '.join(ABSENT)}, found {absent!r}")
@@ -226,7 +227,7 @@ def _batch(
     if absent == "renormalise" and bool(present_weights.sum() > 0):
         present_weights = present_weights / present_weights.sum()
     scalings = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64)
-    return Batch(
+    made = Batch(
         modules=tuple(modules),
         clients=present,
         names=tuple(adapters[k].name for k in present),
@@ -239,3 +240,8 @@ def _batch(
         pairs=tuple(pairs),
         versions=versions(pairs),
     )
+    squares = scalings.square()
+    if not bool(squares.sum().isfinite()):
+        index = int((~squares.isfinite()).nonzero()[0])
+        raise AdapterError(f"{made.where(index)}: the square of scaling B A overflows float64")
+    return made

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from fedlora_kernels import ops
 from fedlora_kernels.gram_space.batches import Batch
@@ -99,6 +100,8 @@ class Mixture:
         """
         step, rows = len(batch.clients), batch.size[0]
         if sends == "a":
+            if not bool(get_total_norm(batch.list_b).isfinite()):
+                batch.refuse_non_finite()
             b = torch.zeros(
                 (len(batch.modules), rows, self.rank), dtype=batch.dtype, device=batch.device
             )
