@@ -146,7 +146,7 @@ class Batch:
     def _in_place(self) -> bool:
         """Whether all factors lie on the device in the dtype already; most do."""
         there = (self.dtype, self.dtype, self.device)
-        return all([pair.layout[3:] == there for pair in self.pairs])
+        return all(pair.layout[3:] == there for pair in self.pairs)
 
 
 ALONE = 1 << 15
@@ -169,7 +169,7 @@ def finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def versions(pairs: Sequence[Factors]) -> tuple[int, ...]:
-    """How often each pair's tensors were written to; of inference tensors torch does not count it."""
+    """How often each pair's tensors were written to; empty where torch does not count."""
     try:
         return tuple([pair.b._version + pair.a._version for pair in pairs])
     except RuntimeError:
