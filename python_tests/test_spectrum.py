@@ -13,7 +13,7 @@ from assertions import (
     poisoned_memory,
     strided_in_nan,
 )
-from matrices import CASES, DEVICE, FAMILIES, Batch, case_id
+from matrices import CASES, DEVICE, FAMILIES, Batch, Large, case_id, large_cases
 
 from fedlora_kernels import ops, reference
 
@@ -73,7 +73,17 @@ def assert_spectrum(
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_every_component(case: tuple[str, torch.dtype]) -> None:
-    batch = FAMILIES[case[0]].build(case[1])
+    assert_every_component(FAMILIES[case[0]].build(case[1]))
+
+
+@pytest.mark.parametrize("case", large_cases())
+def test_large_ranks(case: Large) -> None:
+    """Another kernel, or another share of its memory, than the families' own sizes reach."""
+    assert_every_component(case.build(torch.float32))
+
+
+def assert_every_component(batch: Batch) -> None:
+    """The decomposition of a whole batch, and the update from it."""
     with poisoned_memory():
         result = raw.spectrum(*grams(batch))
     everything = torch.full((batch.modules,), batch.attainable_rank)

@@ -30,7 +30,9 @@ from matrices import (
     FAMILIES,
     THRESHOLD_RANKS,
     Batch,
+    Large,
     case_id,
+    large_cases,
     normal,
     orthonormal_columns,
 )
@@ -113,6 +115,14 @@ def test_every_family(case: tuple[str, torch.dtype], precision: str) -> None:
             with poisoned_memory():
                 result = raw.stacked_svd(*batch.inputs(), energy, max_rank, precision)
             assert_truncated_svd(batch, result, decomposition, energy, max_rank, precision)
+
+
+@pytest.mark.parametrize("case", large_cases())
+def test_large_ranks(case: Large) -> None:
+    batch = case.build(torch.float32)
+    with poisoned_memory():
+        result = raw.stacked_svd(*batch.inputs(), 0.9, None, "exact")
+    assert_truncated_svd(batch, result, dense_svd(batch), 0.9, None, "exact")
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
