@@ -136,12 +136,8 @@ def test_clients_that_cancel_are_zero(shape: Shape) -> None:
             raw.spectrum(gram_b.to(DEVICE), gram_a.to(DEVICE), scale.to(DEVICE)),
         ):
             sigma, _, left, right, info = result
-<<<<<<< HEAD
             for tensor in (sigma, left, right, info):
                 assert not tensor.any(), weights
-=======
-            assert not any(bool(x.any()) for x in (sigma, left, right, info)), weights
->>>>>>> core
 
 
 def test_modules_do_not_mix() -> None:
