@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fedlora_kernels as flk
-from fedlora_kernels import native
+from fedlora_kernels.backends import libraries
 
 
 def run(
@@ -48,7 +48,7 @@ print(json.dumps([flk.backend(), errors]))
 """
 
 
-EMULATED = native.library("fedlora_cuda_emulated") is not None
+EMULATED = libraries.library("fedlora_cuda_emulated") is not None
 
 
 def test_forced_backends_serve_and_agree() -> None:
@@ -65,19 +65,19 @@ def test_forced_backends_serve_and_agree() -> None:
 
 
 def test_nonsense_raises_with_what_can_serve() -> None:
-    done = run("import fedlora_kernels", "quantum")
+    done = run("import fedlora_kernels.ops", "quantum")
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: FEDLORA_BACKEND=quantum cannot serve")
-    serving = [item.name for item in flk.backends() if item.serves]
+    serving = [item.name for item in flk.backends.ordered() if item.serves]
     assert "composed" in serving
     assert all(name in last.partition("these can: ")[2].split(", ") for name in serving)
 
 
 def test_backends_are_described() -> None:
-    assert flk.backend() in {item.name for item in flk.backends() if item.serves}
-    assert all(item.reason for item in flk.backends())
-    names = [item.name for item in flk.backends()]
+    assert flk.backend() in {item.name for item in flk.backends.ordered() if item.serves}
+    assert all(item.reason for item in flk.backends.ordered())
+    names = [item.name for item in flk.backends.ordered()]
     assert len(names) == len(set(names))
 
 
@@ -87,7 +87,7 @@ from pathlib import Path
 
 print(flk.backend())
 print("libfedlora_cuda" in Path("/proc/self/maps").read_text())
-print({item.name: item.serves for item in flk.backends()}["cuda-emulated"])
+print({item.name: item.serves for item in flk.backends.ordered()}["cuda-emulated"])
 """
 
 
@@ -105,7 +105,7 @@ def test_libraries_built_elsewhere_are_found_first(tmp_path: Path) -> None:
     """A broken one there hides any other, and a forced backend then says what the linker said."""
     library = tmp_path / "libfedlora_cuda_emulated.so"
     library.write_text("no library")
-    done = run("import fedlora_kernels", "cuda-emulated", tmp_path)
+    done = run("import fedlora_kernels.ops", "cuda-emulated", tmp_path)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
@@ -117,7 +117,7 @@ def test_libraries_built_elsewhere_are_found_first(tmp_path: Path) -> None:
 
 def test_cuda_without_its_library_cannot_be_forced(tmp_path: Path) -> None:
     (tmp_path / "libfedlora_cuda.so").write_text("no library")
-    done = run("import fedlora_kernels", "cuda", tmp_path)
+    done = run("import fedlora_kernels.ops", "cuda", tmp_path)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: FEDLORA_BACKEND=cuda cannot serve (")

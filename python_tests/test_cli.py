@@ -20,7 +20,7 @@ from fedlora_kernels.rules.rule import Rule
 from fedlora_kernels.stack import ABSENT
 
 # Functions of the same names hide these modules in their packages.
-AGGREGATE = import_module("fedlora_kernels.aggregate")
+AGGREGATE = import_module("fedlora_kernels._aggregate")
 RULES = import_module("fedlora_kernels.rules")
 CLI = {
     name: import_module(f"fedlora_kernels.cli.{name}")
@@ -642,7 +642,7 @@ def test_doctor_reports_versions_backends_and_a_self_check():
     assert (result.code, result.err) == (0, "")
     for text in ("Python", torch.__version__, "CUDA device", "triton", "peft", "numpy", "threads"):
         assert text in result.out
-    for backend in flk.backends():
+    for backend in flk.backends.ordered():
         assert backend.name in result.out
         assert backend.reason in result.out
     (active,) = [line for line in result.out.splitlines() if " active " in line]

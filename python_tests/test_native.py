@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fedlora_kernels as flk
-from fedlora_kernels import native
+from fedlora_kernels.backends import libraries
 
 OPERATORS = flk.ops.__all__
 DT_NEEDED, DT_RPATH, DT_RUNPATH = 1, 15, 29
@@ -48,8 +48,8 @@ class Elf:
 
 def compiled(name: str) -> Path:
     """A compiled file of this installation, wherever an editable one keeps it."""
-    library = native.library("fedlora_cpu")
-    assert library is not None, native.missing("fedlora_cpu")
+    library = libraries.library("fedlora_cpu")
+    assert library is not None, libraries.missing("fedlora_cpu")
     return library.parent / name
 
 
@@ -118,7 +118,7 @@ with_kernel = [name for name in flk.ops.__all__ if has(f"fedlora::{name}", "CPU"
 print(flk.backend())
 print(len(with_kernel), len(flk.ops.__all__))
 print("libfedlora_cpu.so" in Path("/proc/self/maps").read_text())
-cpu = next(item for item in flk.backends() if item.name == "cpu")
+cpu = next(item for item in flk.backends.ordered() if item.name == "cpu")
 print(cpu.serves, cpu.reason)
 """
 
@@ -197,14 +197,14 @@ def test_the_copy_serves_with_its_libraries(tree: Path) -> None:
     """The control: beside the sources, the library is found and loaded from there."""
     for name in ("libfedlora_cpu.so", "_numpy" + sysconfig.get_config_var("EXT_SUFFIX")):
         shutil.copy(compiled(name), tree / "fedlora_kernels")
-    code = "from fedlora_kernels import native; print(native.library('fedlora_cpu'))"
+    code = "from fedlora_kernels.backends import libraries; print(libraries.library('fedlora_cpu'))"
     assert state(tree=tree)[0] == "cpu"
     done = run(code, tree=tree)
     assert done.stdout.strip() == str(tree / "fedlora_kernels" / "libfedlora_cpu.so"), done.stderr
 
 
 def test_a_missing_library_cannot_be_forced(tree: Path) -> None:
-    done = run("import fedlora_kernels", "cpu", tree)
+    done = run("import fedlora_kernels.ops", "cpu", tree)
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == (
         f"RuntimeError: FEDLORA_BACKEND=cpu cannot serve ({NOT_BUILT}); "
@@ -218,18 +218,18 @@ def test_a_broken_library_leaves_composed(tree: Path) -> None:
     assert (name, kernels) == ("composed", f"0 {len(OPERATORS)}")
     assert reason.startswith("False libfedlora_cpu.so does not load: ")
     assert "libfedlora_cpu.so: " in reason, "the dynamic linker's text is missing"
-    done = run("import fedlora_kernels", "cpu", tree)
+    done = run("import fedlora_kernels.ops", "cpu", tree)
     assert "FEDLORA_BACKEND=cpu cannot serve (libfedlora_cpu.so does not load" in done.stderr
 
 
 def test_openblas_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = native.find_spec
+    find_spec = libraries.find_spec
 
     def hidden(name: str) -> object:
         return None if name == "scipy_openblas64" else find_spec(name)
 
-    monkeypatch.setattr(native, "find_spec", hidden)
-    assert native.missing("fedlora_cpu") == "scipy-openblas64 is not installed"
+    monkeypatch.setattr(libraries, "find_spec", hidden)
+    assert libraries.missing("fedlora_cpu") == "scipy-openblas64 is not installed"
 
 
 @pytest.mark.parametrize(
@@ -244,17 +244,17 @@ def test_openblas_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_versions_of_torch(version: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "version", lambda name: version)
-    assert native.missing("fedlora_cpu") == reason
+    monkeypatch.setattr(libraries, "version", lambda name: version)
+    assert libraries.missing("fedlora_cpu") == reason
 
 
 def test_torch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
-        raise native.PackageNotFoundError(name)
+        raise libraries.PackageNotFoundError(name)
 
-    monkeypatch.setattr(native, "version", missing)
-    assert native.missing("fedlora_cpu") == "torch is not installed"
+    monkeypatch.setattr(libraries, "version", missing)
+    assert libraries.missing("fedlora_cpu") == "torch is not installed"
 
 
 def test_a_library_that_nobody_built() -> None:
-    assert native.library("fedlora_abacus") is None
+    assert libraries.library("fedlora_abacus") is None

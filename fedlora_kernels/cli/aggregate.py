@@ -19,7 +19,7 @@ from fedlora_kernels.cli.rule_options import NUMBERS, RuleCommand, given, number
 if TYPE_CHECKING:
     import torch
 
-    from fedlora_kernels.aggregate import Aggregation
+    from fedlora_kernels._aggregate import Aggregation
     from fedlora_kernels.report import CurvePoint, ModuleReport, Report
 
 # More modules than this are summed up by projection unless --modules asks for all.
@@ -167,7 +167,7 @@ def _call(
 ) -> "Aggregation":
     import torch
 
-    from fedlora_kernels.aggregate import aggregate as combine
+    from fedlora_kernels._aggregate import aggregate as combine
 
     chosen = None if dtype is None else getattr(torch, dtype)
     return combine(adapters, dtype=chosen, **rest, **options)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora_kernels import __version__
-from fedlora_kernels.backend import backend, backends
+from fedlora_kernels.backends import backend, ordered
 from fedlora_kernels.cli import screen
 
 # The factors are float64, so an aggregate at full energy is right to rounding.
@@ -33,7 +33,7 @@ def doctor() -> None:
     except RuntimeError as error:  # FEDLORA_BACKEND names one that cannot serve
         active = ""
         console.print(Text(str(error)), soft_wrap=True)
-    for candidate in backends():
+    for candidate in ordered():
         serves = "active" if candidate.name == active else "yes" if candidate.serves else "no"
         table.add_row(Text(candidate.name), serves, Text(candidate.reason))
     screen.show(console, table)
@@ -127,8 +127,8 @@ def _self_check(device: str) -> float:
     """The relative error of FLoRIST at full energy for two small clients of different ranks."""
     import torch
 
+    from fedlora_kernels._aggregate import aggregate
     from fedlora_kernels.adapter import Adapter
-    from fedlora_kernels.aggregate import aggregate
 
     generator = torch.Generator().manual_seed(0)
     clients = []
