@@ -3,14 +3,12 @@
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import click
 from rich.table import Table
 from rich.text import Text
 
 from fedlora_kernels import __version__
-from fedlora_kernels.backends import backend, ordered
 from fedlora_kernels.cli import screen
 
 # The factors are float64, so an aggregate at full energy is right to rounding.
@@ -20,6 +18,8 @@ _TOLERANCE = 1e-12
 @click.command
 def doctor() -> None:
     """Report the installation and run one small aggregation."""
+    from fedlora_kernels.backends import backend, ordered
+
     console = screen.out()
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts():
@@ -69,6 +69,8 @@ def _has_torch() -> bool:
 
 
 def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

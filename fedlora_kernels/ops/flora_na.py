@@ -88,8 +88,7 @@ def _check_list(
             f"b and a must hold one tensor for each of the scalings {checks.shape(scale)}, "
             f"found {len(b)}"
         )
-    for index, tensor in enumerate(b):
-        checks.sizes(f"b[{index}]", tensor, b[0].shape)
+    checks.equal_sizes("b", b)
 
 
 def _composed(

@@ -60,12 +60,12 @@ def _check_list(factors: Sequence[Tensor], weights: Tensor) -> None:
             f"factors must hold one tensor for each of the weights {checks.shape(weights)}, "
             f"found {len(factors)}"
         )
+    checks.equal_sizes("factors", factors)
+    dtype = factors[0].dtype
     for index, factor in enumerate(factors):
-        checks.sizes(f"factors[{index}]", factor, factors[0].shape)
-        if factor.dtype != factors[0].dtype or factor.dtype not in checks.FACTOR_DTYPES:
+        if factor.dtype != dtype or dtype not in checks.FACTOR_DTYPES:
             raise TypeError(
-                f"factors[{index}] must be {factors[0].dtype} (a floating type), "
-                f"found {factor.dtype}"
+                f"factors[{index}] must be {dtype} (a floating type), found {factor.dtype}"
             )
 
 
