@@ -63,10 +63,12 @@ class Operator(Generic[T]):
             return cast(T, self._call(*arguments))
         try:
             return cast(T, self._call(*arguments))
-        except RuntimeError as error:
-            refused = error
-        self.check(*arguments)
-        raise refused
+        except RuntimeError:
+            try:
+                self.check(*arguments)
+            except (TypeError, ValueError) as error:
+                raise error from None
+            raise
 
     def implement(self, kernel: Callable[..., T], key: str) -> None:
         """Put ``kernel`` behind the operator for a dispatch key, with the operator's check."""
