@@ -17,13 +17,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedlora_kernels import backends, ops
-    from fedlora_kernels._aggregate import Aggregation, aggregate
-    from fedlora_kernels.adapter import Adapter
+    from fedlora_kernels import backends, ops, rules
+    from fedlora_kernels._aggregate import aggregate
+    from fedlora_kernels._aggregation import Aggregation
+    from fedlora_kernels._delivery import Delivery
+    from fedlora_kernels._inspect import Inspection, inspect
+    from fedlora_kernels._round import Round
+    from fedlora_kernels.adapters.adapter import Adapter
+    from fedlora_kernels.adapters.error import AdapterError
+    from fedlora_kernels.adapters.factors import Factors
     from fedlora_kernels.backends import Backend, backend
-    from fedlora_kernels.factors import AdapterError, Factors
-    from fedlora_kernels.report import ModuleReport, Report
-    from fedlora_kernels.rules import Rule, rules
+    from fedlora_kernels.gram_space.report import ModuleReport, Report
+    from fedlora_kernels.rules import Rule
 
 __version__ = "0.1.0"
 
@@ -32,30 +37,38 @@ __all__ = [
     "AdapterError",
     "Aggregation",
     "Backend",
+    "Delivery",
     "Factors",
+    "Inspection",
     "ModuleReport",
     "Report",
+    "Round",
     "Rule",
     "aggregate",
     "backend",
     "backends",
+    "inspect",
     "ops",
     "rules",
 ]
 
 # Public name -> the module that has it; a module's own name stands for the module.
 _WHERE = {
-    "Adapter": "adapter",
-    "AdapterError": "factors",
-    "Aggregation": "_aggregate",
+    "Adapter": "adapters.adapter",
+    "AdapterError": "adapters.error",
+    "Aggregation": "_aggregation",
     "Backend": "backends",
-    "Factors": "factors",
-    "ModuleReport": "report",
-    "Report": "report",
+    "Delivery": "_delivery",
+    "Factors": "adapters.factors",
+    "Inspection": "_inspect",
+    "ModuleReport": "gram_space.report",
+    "Report": "gram_space.report",
+    "Round": "_round",
     "Rule": "rules",
     "aggregate": "_aggregate",
     "backend": "backends",
     "backends": "backends",
+    "inspect": "_inspect",
     "ops": "ops",
     "rules": "rules",
 }

@@ -130,7 +130,7 @@ def _self_check(device: str) -> float:
     import torch
 
     from fedlora_kernels._aggregate import aggregate
-    from fedlora_kernels.adapter import Adapter
+    from fedlora_kernels.adapters.adapter import Adapter
 
     generator = torch.Generator().manual_seed(0)
     clients = []
