@@ -174,7 +174,9 @@ def imported(code: str) -> set[str]:
 HEAVY = {"torch", "numpy", "safetensors", "triton"}
 
 
-@pytest.mark.parametrize("arguments", ["--version", "--help", "doctor --help"])
+@pytest.mark.parametrize(
+    "arguments", ["--version", "--help", "rules", "aggregate --help", "inspect --help"]
+)
 def test_the_command_line_answers_without_torch(arguments: str) -> None:
     """Seconds of imports for a line of text."""
     code = f"import sys; sys.argv[1:] = {arguments.split()}; from fedlora_kernels.cli import main"

@@ -1,15 +1,13 @@
 """libfedlora_cpu.so: what it is linked with, which process loads it, and what happens without."""
 
-import os
 import shutil
 import struct
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+from processes import copy_sources, run
 
 import fedlora_kernels as flk
 from fedlora_kernels.backends import libraries
@@ -123,29 +121,8 @@ print(cpu.serves, cpu.reason)
 """
 
 
-def run(
-    code: str, backend: str | None = None, tree: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Python on some code; with a ``tree``, the package comes from there and nowhere else."""
-    environment = {key: value for key, value in os.environ.items() if key != "FEDLORA_BACKEND"}
-    if backend is not None:
-        environment["FEDLORA_BACKEND"] = backend
-    flags = []
-    if tree is not None:  # without site there are no .pth files, hence no editable installation
-        flags = ["-S"]
-        paths = [str(tree), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-        code = f"import sys; sys.path[:0] = {paths}\n{code}"
-    return subprocess.run(
-        [sys.executable, *flags, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def state(backend: str | None = None, tree: Path | None = None) -> list[str]:
-    done = run(STATE, backend, tree)
+    done = run(STATE, backend, tree=tree)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -179,9 +156,7 @@ def test_kernels_of_other_keys_are_not_registered() -> None:
 @pytest.fixture(name="tree")
 def _tree(tmp_path: Path) -> Path:
     """A copy of the package's sources, without what was compiled."""
-    source = Path(flk.__file__).parent
-    ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(source, tmp_path / source.name, ignore=ignored)
+    copy_sources(tmp_path)
     return tmp_path
 
 
@@ -204,7 +179,7 @@ def test_the_copy_serves_with_its_libraries(tree: Path) -> None:
 
 
 def test_a_missing_library_cannot_be_forced(tree: Path) -> None:
-    done = run("import fedlora_kernels.ops", "cpu", tree)
+    done = run("import fedlora_kernels.ops", "cpu", tree=tree)
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == (
         f"RuntimeError: FEDLORA_BACKEND=cpu cannot serve ({NOT_BUILT}); "
@@ -218,7 +193,7 @@ def test_a_broken_library_leaves_composed(tree: Path) -> None:
     assert (name, kernels) == ("composed", f"0 {len(OPERATORS)}")
     assert reason.startswith("False libfedlora_cpu.so does not load: ")
     assert "libfedlora_cpu.so: " in reason, "the dynamic linker's text is missing"
-    done = run("import fedlora_kernels.ops", "cpu", tree)
+    done = run("import fedlora_kernels.ops", "cpu", tree=tree)
     assert "FEDLORA_BACKEND=cpu cannot serve (libfedlora_cpu.so does not load" in done.stderr
 
 

@@ -126,7 +126,7 @@ def test_clients_that_cancel_are_zero(shape: Shape) -> None:
             raw.spectrum(gram_b.to(DEVICE), gram_a.to(DEVICE), scale.to(DEVICE)),
         ):
             sigma, _, left, right, info = result
-            assert not (sigma.any() or left.any() or right.any() or info.any()), weights
+            assert not any(part.any() for part in (sigma, left, right, info)), weights
 
 
 def test_modules_do_not_mix() -> None:

@@ -135,7 +135,7 @@ def test_clients_that_cancel_have_rank_zero(dtype: torch.dtype, shape: Shape) ->
         ):
             b_global, a_global, sigma, ranks = result
             assert not ranks.any(), weights
-            assert not (b_global.any() or a_global.any() or sigma.any()), weights
+            assert not any(part.any() for part in (b_global, a_global, sigma)), weights
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
