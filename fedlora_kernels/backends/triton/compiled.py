@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fedlora_kernels.triton import interpreted
+from fedlora_kernels.backends.triton.runtime import interpreted
 
 
 def traceable(kernel: Any) -> Any:

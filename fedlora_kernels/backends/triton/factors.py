@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora_kernels.ops.gram import stack
-from fedlora_kernels.triton import device
+from fedlora_kernels.backends.lists import stack
+from fedlora_kernels.backends.triton import device
 
 # A load of 16 bytes is the widest; rows that all start at a multiple of it can be read by such.
 WIDEST = 16

@@ -1,7 +1,7 @@
 """Tile sizes per device: ``<device name>.json`` beside this file, else ``default.json``.
 
-``python -m fedlora_kernels.triton.tune`` measures the candidates on the present GPU and writes such
-a file. What the numbers mean:
+``python -m fedlora_kernels.backends.triton.tune`` measures the candidates on the present GPU and
+writes such a file. What the numbers mean:
 
     ranks, depth, columns   sides of the tiles that tl.dot multiplies
     elements                of the result, per program of weighted_sum
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fedlora_kernels.triton import device
+from fedlora_kernels.backends.triton import device
 
 Tile = dict[str, int]
 
@@ -68,7 +68,7 @@ def _file(name: str) -> dict[str, Any]:
     if not own.is_file():
         _log.warning(
             "no tiles measured on %s: using the untuned defaults; "
-            "`python -m fedlora_kernels.triton.tune` measures and writes %s",
+            "`python -m fedlora_kernels.backends.triton.tune` measures and writes %s",
             name,
             own.name,
         )

@@ -19,9 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora_kernels.triton import device, tiles
-from fedlora_kernels.triton.compiled import traceable
-from fedlora_kernels.triton.factors import Factors, listed, rank_starts, rank_steps, stacked
+from fedlora_kernels.backends.triton import device, tiles
+from fedlora_kernels.backends.triton.compiled import traceable
+from fedlora_kernels.backends.triton.factors import (
+    Factors,
+    listed,
+    rank_starts,
+    rank_steps,
+    stacked,
+)
 
 Pair = tuple[Tensor, Tensor]
 

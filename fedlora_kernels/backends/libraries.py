@@ -1,8 +1,10 @@
-"""Finding and loading what was compiled: torch's kernels, the numpy module, and their OpenBLAS.
+"""Finding and loading what was compiled: torch's kernels, the numpy module, and OpenBLAS.
 
-The libraries lie beside the compiled numpy module: in this package's folder, or in site-packages
-when an editable installation keeps the sources elsewhere. ``FEDLORA_LIBRARIES`` names a folder that
-is searched first, for libraries that were built elsewhere.
+The numpy module and the libraries that compute on the CPU need OpenBLAS; the CUDA library does not.
+
+The libraries lie beside the compiled numpy module: in the folder of ``fedlora_kernels``, or in
+site-packages when an editable installation keeps the sources elsewhere. ``FEDLORA_LIBRARIES`` names
+a folder that is searched first, for libraries that were built elsewhere.
 """
 
 import ctypes
@@ -13,8 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-_WITH_OPENBLAS = ("fedlora_cpu", "fedlora_cuda_emulated")  # the CUDA library needs none
 _TORCH = (2, 10)  # the first with the stable ABI the kernels are built on
+# The emulated CUDA library has LAPACK in the place of the vendor's eigensolver.
+_WITH_OPENBLAS = ("fedlora_cpu", "fedlora_cuda_emulated")
 
 
 def missing(name: str) -> str:
@@ -35,7 +38,7 @@ def missing(name: str) -> str:
 def library(name: str) -> Path | None:
     """The file of a compiled library, where this installation has it."""
     module = find_spec("fedlora_kernels._numpy")
-    folders = [Path(__file__).parent]
+    folders = [Path(__file__).parent.parent]
     if elsewhere := os.environ.get("FEDLORA_LIBRARIES"):
         folders.insert(0, Path(elsewhere))
     if module is not None and module.origin is not None:

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora_kernels.triton import device, tiles
-from fedlora_kernels.triton.compiled import traceable
-from fedlora_kernels.triton.factors import WIDEST, captured, check_together, upload
+from fedlora_kernels.backends.triton import device, tiles
+from fedlora_kernels.backends.triton.compiled import traceable
+from fedlora_kernels.backends.triton.factors import WIDEST, captured, check_together, upload
 
 
 @triton.jit

@@ -20,9 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora_kernels.triton import device, tiles
-from fedlora_kernels.triton.compiled import traceable
-from fedlora_kernels.triton.factors import Factors, listed, rank_starts, rank_steps, stacked
+from fedlora_kernels.backends.triton import device, tiles
+from fedlora_kernels.backends.triton.compiled import traceable
+from fedlora_kernels.backends.triton.factors import (
+    Factors,
+    listed,
+    rank_starts,
+    rank_steps,
+    stacked,
+)
 
 # Terms summed in float32 before they go to the float64 total, as the operator promises. Shares of
 # the depth are multiples of it, so that none is too short to be worth a program.

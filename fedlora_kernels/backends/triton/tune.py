@@ -1,4 +1,5 @@
-"""Choose tiles on the present GPU: ``python -m fedlora_kernels.triton.tune [FILE] [--continue]``.
+"""Choose tiles on the present GPU: ``python -m fedlora_kernels.backends.triton.tune``
+with [FILE] [--continue].
 
 Every candidate runs the same few shapes, stacked, in bfloat16 and float32; the one with the
 smallest geometric mean of times is taken. A candidate that does not compile, does not fit or gives
@@ -19,8 +20,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fedlora_kernels.triton import combine, device, gram, interpreted, serves, tiles, weighted_sum
-from fedlora_kernels.triton.tiles import Tile
+from fedlora_kernels.backends.triton import combine, device, gram, tiles, weighted_sum
+from fedlora_kernels.backends.triton.runtime import interpreted, serves
+from fedlora_kernels.backends.triton.tiles import Tile
 
 Run = Callable[[], Tensor]
 Timer = Callable[[Run], float]

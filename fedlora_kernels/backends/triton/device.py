@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fedlora_kernels.triton import interpreted, release
+from fedlora_kernels.backends.triton.runtime import interpreted, release
 
 # The interpreter's stand-in for a GPU's multiprocessors: enough that long factors are split.
 _INTERPRETED_UNITS = 2

@@ -1,14 +1,4 @@
-"""The operators that read or write factors, as Triton kernels.
-
-    gram, gram_list, combine, combine_list, weighted_sum, weighted_sum_list
-
-For NVIDIA GPUs without the compiled library and for the GPUs of other vendors. The operators on
-R x R matrices (spectrum, select_rank, surrogate) and those made of stages (stacked_svd, flora_na)
-are composed of torch operators here; their stages are these kernels, by ``torch.ops.fedlora``.
-
-``TRITON_INTERPRET=1`` runs the kernels' own source in numpy on a CPU: slow, and how they are tested
-where there is no GPU.
-"""
+"""What is known of Triton in this process before any kernel is imported."""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -47,21 +37,6 @@ def release() -> tuple[int, int]:
 def dispatch_keys() -> tuple[str, ...]:
     """The devices these kernels serve, as torch's dispatch keys; ROCm goes by the name CUDA too."""
     return ("CPU",) if interpreted() else ("CUDA", "XPU")
-
-
-def register() -> None:
-    """Put the kernels behind ``torch.ops.fedlora`` for this process's devices."""
-    from fedlora_kernels.ops.operator import implement
-    from fedlora_kernels.triton import combine, gram, weighted_sum
-    from fedlora_kernels.triton.compiled import open_up
-    from fedlora_kernels.triton.device import on_device
-
-    for stage in (gram, combine, weighted_sum):
-        for name, launch in stage.OPERATORS.items():
-            for key in dispatch_keys():
-                implement(name, on_device(launch), key)
-            if not interpreted() and not name.endswith("_list"):
-                open_up(name, launch, stage.KERNELS)
 
 
 def _device(found: str) -> tuple[bool, str]:
