@@ -15,13 +15,13 @@ from rich.console import Console
 import fedlora_kernels as flk
 from integration.compare import choose
 from integration.compare import compare as compare_rules
-from integration.flags import Start, starting
 from integration.flower import launch as flower
 from integration.lm_eval import evaluate as lm_eval
+from integration.model.pretrain import RECIPES, pretrain, recipe
 from integration.plan import plan, show
-from integration.pretrain import RECIPES, pretrain, recipe
-from integration.report import write_report
+from integration.report.html import write_report
 from integration.settings import Settings, SettingsError, from_preset
+from integration.settings.flags import Start, starting
 from integration.tasks import TaskError
 from integration.tiny import tiny as in_miniature
 
@@ -61,7 +61,7 @@ def pretrain_command(
         str | None,
         typer.Option(help="A name in integration/configs; llama-30m on a GPU, else llama-tiny."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in a step.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its highest.")] = None,

@@ -19,20 +19,20 @@ from rich.progress import (
 )
 
 import fedlora_kernels as flk
-from integration import records
-from integration.engine import Engine, LocalEngine
-from integration.federation import Federation
-from integration.partition import participants
-from integration.records import Round
-from integration.report import write_report
-from integration.rounds import FirstRound, take_through
-from integration.server import Server
+from integration.model.trainer import LocalTrainer
+from integration.report.html import write_report
+from integration.report.summary import write_summary
+from integration.report.table import table
+from integration.report.tracking import Tracker
+from integration.rounds import records
+from integration.rounds.engine import Engine, LocalEngine
+from integration.rounds.federation import Federation
+from integration.rounds.loop import FirstRound, run_rounds
+from integration.rounds.partition import participants
+from integration.rounds.records import Round
+from integration.rounds.server import Server
+from integration.rounds.state import place
 from integration.settings import Settings, SettingsError
-from integration.state import place
-from integration.summary import write_summary
-from integration.table import table
-from integration.tracking import Tracker
-from integration.trainer import LocalTrainer
 
 
 def choose(settings: Settings, *, explicit: bool) -> tuple[list[flk.Rule], list[str]]:
@@ -91,7 +91,7 @@ def compare(
     named = f"a random {settings.config}" if settings.init == "random" else settings.model
     console.print(f"making task {settings.task}, loading {named}")
     federation = Federation.build(settings)
-    start = federation.judge()
+    start = federation.evaluate()
     records.write_settings(out, settings, start)
     sizes = [len(client.positions) for client in federation.clients]
     dealt = ", ".join(map(str, sizes)) if len(sizes) <= 16 else f"{min(sizes)} to {max(sizes)} each"
@@ -130,7 +130,7 @@ def _rounds(
                 server = Server(rule, dealt.model, dealt.clients, dealt.settings)
                 bar = bars.add_task(rule.title, total=_steps(dealt, settings.rounds))
                 told = partial(_tell, bars, whole, bar, tracker, dealt, out, tuple(done))
-                done += take_through(
+                done += run_rounds(
                     dealt,
                     server,
                     engine(dealt, trainer),
@@ -177,7 +177,7 @@ def _folder(
 
 
 def _steps(federation: Federation, rounds: int) -> int:
-    """Optimiser steps of all clients in the first rounds."""
+    """Optimizer steps of all clients in the first rounds."""
     settings = federation.settings
     return sum(
         federation.clients[k].steps(settings)

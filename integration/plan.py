@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 import fedlora_kernels as flk
-from integration import loading
-from integration.client import Client
-from integration.model import PREFIX, peft_config
-from integration.partition import participants, partition
+from integration.model import loading
+from integration.model.model import PREFIX, peft_config
 from integration.published import published
-from integration.server import AVERAGES, trained
+from integration.rounds.client import Client
+from integration.rounds.partition import participants, partition
+from integration.rounds.server import AVERAGES, trained
 from integration.settings import Settings, SettingsError
 from integration.tasks import TASKS, Task, load_task
 
@@ -71,7 +71,7 @@ class Plan:
     head: int
     """Parameters of a head that the clients train."""
     steps: tuple[int, ...]
-    """Optimiser steps of every client in one round."""
+    """Optimizer steps of every client in one round."""
     traffic: tuple[Traffic, ...]
     memory: dict[str, int]
     """Bytes on the training device, by what they are for."""

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from integration import loading
 from integration.files import write
+from integration.model import loading
 from integration.settings import Settings
 
 CLIENTS = 8

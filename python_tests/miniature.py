@@ -10,7 +10,7 @@ from integration.compare import choose, compare
 from integration.settings import from_preset
 
 MESSAGES = [
-    {"role": "user", "content": "Name a colour."},
+    {"role": "user", "content": "Name a color."},
     {"role": "assistant", "content": "Blue."},
 ]
 """A conversation in the form of TRL's data sets."""

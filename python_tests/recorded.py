@@ -2,9 +2,9 @@
 
 import json
 
-from integration.judge import Score
-from integration.records import Round, write_metrics
-from integration.summary import write_summary
+from integration.report.summary import write_summary
+from integration.rounds.evaluate import Score
+from integration.rounds.records import Round, write_metrics
 
 SETTINGS = {
     "task": "a task",

@@ -9,12 +9,12 @@ from miniature import miniature, run, settings_like, timeless
 
 import fedlora_kernels as flk
 from integration import files
-from integration.client import Client
 from integration.compare import choose
-from integration.federation import Federation
-from integration.server import Server
+from integration.model.trainer import LocalTrainer
+from integration.rounds.client import Client
+from integration.rounds.federation import Federation
+from integration.rounds.server import Server
 from integration.settings import SettingsError
-from integration.trainer import LocalTrainer
 
 RULES = ("fedit", "ffa", "fedsa", "flora", "flexlora", "florist", "flora_na")
 KEYS = [
@@ -216,7 +216,7 @@ def one_round(federation, name, after):
         )
         for client in made.clients
     ]
-    server.finish(1, updates, made.judge)
+    server.finish(1, updates, made.evaluate)
     return server, [update.adapter for update in updates]
 
 

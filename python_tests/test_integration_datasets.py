@@ -96,7 +96,7 @@ def conversations(*columns):
     """Twenty of one kind: MESSAGES in the columns, each with a question of its own."""
     made = []
     for n in range(20):
-        asked = {"role": "user", "content": f"Name colour {n}."}
+        asked = {"role": "user", "content": f"Name color {n}."}
         turns = {"messages": [{"role": "system", "content": "Short."}, asked, MESSAGES[1]]}
         turns |= {"prompt": [asked], "completion": MESSAGES[1:]}
         made.append({column: turns[column] for column in columns})

@@ -11,18 +11,18 @@ import torch
 from miniature import metrics, miniature, run, settings_like
 
 import fedlora_kernels as flk
-from integration.client import rate
-from integration.engine import LocalEngine
-from integration.federation import Federation
-from integration.noise import interval, within_noise
-from integration.partition import own_tests, participants, partition
+from integration.model.total import total
+from integration.model.trainer import LocalTrainer
 from integration.plan import plan
-from integration.server import Server
+from integration.report.intervals import interval, within_noise
+from integration.report.table import columns
+from integration.rounds.client import rate
+from integration.rounds.engine import LocalEngine
+from integration.rounds.federation import Federation
+from integration.rounds.partition import own_tests, participants, partition
+from integration.rounds.server import Server
+from integration.rounds.state import read_state, write_state
 from integration.settings import SettingsError
-from integration.state import read_state, write_state
-from integration.table import columns
-from integration.total import total
-from integration.trainer import LocalTrainer
 
 LABELS = [position % 8 for position in range(800)]
 
@@ -148,7 +148,7 @@ def go(settings, rule, rounds):
     for number in range(1, rounds + 1):
         starts = {client.number: server.start(client, number) for client in made.clients}
         updates = engine.train(server, number, lambda: None)
-        given.append((starts, updates, server.finish(number, updates, made.judge)))
+        given.append((starts, updates, server.finish(number, updates, made.evaluate)))
     return made, server, engine, given
 
 
@@ -207,7 +207,7 @@ def test_personal_parts_outlive_the_rounds_that_a_client_sits_out(small):
     assert len(made.clients) == 4
 
 
-def test_a_personal_rule_is_judged_per_client_and_as_one_model(small):
+def test_a_personal_rule_is_evaluated_per_client_and_as_one_model(small):
     settings = small(rounds=1, client_test_size=6)
     made, _, _, given = go(settings, "fedsa", 1)
     _, updates, record = given[0]
@@ -216,11 +216,11 @@ def test_a_personal_rule_is_judged_per_client_and_as_one_model(small):
         rule="fedsa",
         weights=[update.examples for update in updates],
     )
-    losses = [made.judge(result.client_adapter(k)).loss for k in range(2)]
+    losses = [made.evaluate(result.client_adapter(k)).loss for k in range(2)]
     assert record.loss == pytest.approx(sum(losses) / 2, rel=1e-6)
     assert record.global_accuracy is not None
     assert set(record.client_accuracy) == {"0", "1"}
-    own = made.judge(result.client_adapter(1), client=made.clients[1])
+    own = made.evaluate(result.client_adapter(1), client=made.clients[1])
     assert record.client_accuracy["1"] == own.accuracy
     assert len(made.clients[1].tests) == 6
 

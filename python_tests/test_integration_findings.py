@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from integration.findings import TABLE, filled
-from integration.judge import Score
-from integration.records import Round
-from integration.summary import write_summary
+from integration.report.findings import TABLE, filled
+from integration.report.summary import write_summary
+from integration.rounds.evaluate import Score
+from integration.rounds.records import Round
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "integration/results"
@@ -71,7 +71,7 @@ def test_what_is_not_there_is_an_error(run):
 def test_the_page_shows_the_committed_results():
     page = PAGE.read_text()
     assert TABLE.search(page)
-    assert filled(page, RESULTS) == page, "run python -m integration.findings"
+    assert filled(page, RESULTS) == page, "run python -m integration.report.findings"
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/*/")), ids=lambda folder: folder.name)

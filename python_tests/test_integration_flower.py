@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from integration.engine import LocalEngine
+from integration.rounds.engine import LocalEngine
 
 pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")
 

@@ -8,9 +8,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from integration.__main__ import main
-from integration.federation import Federation
-from integration.loading import SHAPES, shape
-from integration.pretrain import HELD_OUT, Pretraining, _texts, pretrain, recipe
+from integration.model.loading import SHAPES, shape
+from integration.model.pretrain import HELD_OUT, Pretraining, _texts, pretrain, recipe
+from integration.rounds.federation import Federation
 from integration.settings import SettingsError, from_preset
 from integration.tasks import TASKS
 from integration.tasks.arithmetic import problems, sums
@@ -70,7 +70,7 @@ def test_a_federation_starts_from_it(small, tmp_path):
         train_size=64,
         shared_per_class=0,
     )
-    assert Federation.build(settings).judge().loss < 5.5
+    assert Federation.build(settings).evaluate().loss < 5.5
 
 
 def test_test_splits_are_left_out():

@@ -13,7 +13,8 @@ import torch
 from miniature import metrics, miniature, run, timeless
 
 import fedlora_kernels as flk
-from integration import files, records, rounds, state
+from integration import files
+from integration.rounds import loop, records, state
 from integration.settings import SettingsError
 
 RULES = ["florist", "flora", "fedsa", "fedex"]
@@ -150,7 +151,7 @@ def test_finished_rounds_are_not_trained_again(unbroken, tmp_path, monkeypatch):
     chosen = settings(rules=("florist",))
     run(tmp_path, chosen, ["florist"])
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(rounds, "write_state", None)  # calling it would raise
+    monkeypatch.setattr(loop, "write_state", None)  # calling it would raise
     run(tmp_path, chosen, ["florist"], resume=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -202,12 +203,12 @@ def test_a_damaged_state_says_so(tmp_path):
 
 def test_one_rule_leaves_a_peft_folder(tmp_path):
     """What `run` leaves is the global model: on the base as loaded, it scores what was recorded."""
-    from integration.federation import Federation
+    from integration.rounds.federation import Federation
 
     for rule in ("florist", "flora", "fedex"):
         chosen = settings(rules=(rule,))
         summary, _ = run(tmp_path / rule, chosen, [rule])
-        score = Federation.build(chosen).judge(flk.Adapter.load(tmp_path / rule))
+        score = Federation.build(chosen).evaluate(flk.Adapter.load(tmp_path / rule))
         assert score.loss == pytest.approx(summary[0]["loss"], rel=1e-4)
 
 

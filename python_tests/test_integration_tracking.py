@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from integration.records import Round
+from integration.report.tracking import Tracker, scalars
+from integration.rounds.records import Round
 from integration.settings import SettingsError, from_preset
-from integration.tracking import Tracker, scalars
 
 
 def a_round(rule, number, seed=0, **changes):

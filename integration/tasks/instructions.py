@@ -1,6 +1,6 @@
 """Instructions and answers: Dolly, Alpaca-GPT4, and any data set in TRL's conventions.
 
-Columns are recognised in this order: `messages` (the last turn must be the assistant's; it is the
+Columns are recognized in this order: `messages` (the last turn must be the assistant's; it is the
 completion), `prompt` and `completion` (texts or lists of messages), or `instruction` with
 `context`/`input` and `response`/`output`. Conversations go through the tokenizer's chat template,
 and only the completion counts in the loss.

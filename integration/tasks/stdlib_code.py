@@ -1,4 +1,4 @@
-"""Causal language modelling of the running Python's own library sources: perplexity.
+"""Causal language modeling of the running Python's own library sources: perplexity.
 
 An example is one function or class of a pure-Python module, parsed, not imported; its topic is the
 chapter of the library reference that the module belongs to.

@@ -37,8 +37,8 @@ class Task:
     """A text classification or a language task.
 
     `train` is what the clients hold between them, `shared` is the small public split that every
-    party has (the frozen head of a classification is made from it), `test` judges the global model.
-    The three are disjoint.
+    party has (the frozen head of a classification is made from it), the global model is evaluated
+    on `test`. The three are disjoint.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """The figures of the report, as SVG texts without outside references.
 
-Two colours that every kind of colour vision separates (Okabe and Ito) say whether a rule reaches
+Two colors that every kind of color vision separates (Okabe and Ito) say whether a rule reaches
 its SVD floor.
 """
 
@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from integration.panels import GREY, INK, MUTED, STYLE, end, names, note, panels, svg
-from integration.series import Rounds
-from integration.table import MISSING
+from integration.report.panels import GRAY, INK, MUTED, STYLE, end, names, note, panels, svg
+from integration.report.series import Rounds
+from integration.report.table import MISSING
 
 AT_FLOOR = "#0072B2"
 ABOVE_FLOOR = "#D55E00"
@@ -27,7 +27,7 @@ AT_FLOOR_WITHIN = 1e-5
 """Relative errors this close to the floor are rounding of the float32 factors."""
 
 
-def colour(rounds: Rounds) -> str:
+def color(rounds: Rounds) -> str:
     """Blue for a rule whose error is its SVD floor in every round, vermilion for the others."""
     pairs = zip(_values(rounds, "relative_error"), _values(rounds, "svd_floor"), strict=True)
     at_floor = all(error - floor < AT_FLOOR_WITHIN for error, floor in pairs)
@@ -42,12 +42,12 @@ def accuracy(rules: Mapping[str, Rounds], starts: Mapping[str, float]) -> str:
     lines = {rule: _evaluated(rounds) for rule, rounds in rules.items()}
 
     def draw(axes: Axes, rule: str, place: int) -> None:
-        start, mine, ink = starts[rule], lines[rule], colour(rules[rule])
+        start, mine, ink = starts[rule], lines[rule], color(rules[rule])
         axes.axhline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         for other in rules:
             if other != rule:
                 numbers, values = zip((0, starts[other]), *lines[other], strict=True)
-                axes.plot(numbers, values, color=GREY, linewidth=0.9)
+                axes.plot(numbers, values, color=GRAY, linewidth=0.9)
         told = [entry for entry in rules[rule] if _told(entry)]
         axes.fill_between(
             [entry["round"] for entry in told],
@@ -88,11 +88,11 @@ def errors(rules: Mapping[str, Rounds]) -> str:
         numbers = [entry["round"] for entry in rounds]
         error, floor = _values(rounds, "relative_error"), _values(rounds, "svd_floor")
         averaging = _values(rounds, "averaging_error")
-        ink = colour(rounds)
+        ink = color(rounds)
         if not all(map(math.isnan, averaging)):
-            axes.plot(numbers, averaging, color=GREY, linewidth=1.2)
+            axes.plot(numbers, averaging, color=GRAY, linewidth=1.2)
             if rule == compared:
-                note(axes, numbers[-1], 0.55 * top, "grey: averaging", end=True)
+                note(axes, numbers[-1], 0.55 * top, "gray: averaging", end=True)
         if place == 0:
             note(axes, numbers[0], 0, "dotted: SVD floor")
         axes.fill_between(numbers, floor, error, color=ink, alpha=0.12, linewidth=0)
@@ -121,7 +121,7 @@ def traffic(rules: Mapping[str, Rounds], starts: Mapping[str, float]) -> str:
                     points.append((sent, entry["accuracy"]))
             if not points:
                 continue
-            ink = colour(rounds)
+            ink = color(rounds)
             sizes, values = zip(*points, strict=True)
             axes.plot(sizes, values, color=ink, linewidth=1.2, alpha=0.55)
             axes.plot(sizes[:-1], values[:-1], "o", color=ink, markersize=3, alpha=0.55)

@@ -15,8 +15,8 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from integration.panels import INK, STYLE, note, panels, svg
-from integration.series import Rounds
+from integration.report.panels import INK, STYLE, note, panels, svg
+from integration.report.series import Rounds
 
 ROUNDS = 8
 """So many rounds are drawn at most, evenly chosen, the last one among them."""

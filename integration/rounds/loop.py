@@ -6,18 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from integration.client import Update
-from integration.engine import Engine
-from integration.federation import Federation
-from integration.records import Round
-from integration.server import Server
-from integration.state import read_state, write_state
+from integration.rounds.client import Update
+from integration.rounds.engine import Engine
+from integration.rounds.federation import Federation
+from integration.rounds.records import Round
+from integration.rounds.server import Server
+from integration.rounds.state import read_state, write_state
 
 FirstRound = dict[str, list[Update]]
 """What the clients trained -> their updates of round 1, which rules of one seed have in common."""
 
 
-def take_through(
+def run_rounds(
     federation: Federation,
     server: Server,
     engine: Engine,
@@ -51,7 +51,7 @@ def take_through(
             updates = engine.train(server, number, on_step)
         if number == 1:
             first.setdefault(trains, updates)
-        record = server.finish(number, updates, federation.judge)
+        record = server.finish(number, updates, federation.evaluate)
         lost = {str(client): reason for client, reason in engine.lost.items()}
         rounds.append(replace(record, lost=lost, transfer_ms=engine.transfer_ms))
         write_state(path, rounds, server.state(), engine.state())

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import fedlora_kernels as flk
-from integration.client import Client
-from integration.judge import Score, judge
-from integration.model import Model
-from integration.partition import own_tests, partition
+from integration.model.model import Model
+from integration.model.tokens import Tokens
+from integration.rounds.client import Client
+from integration.rounds.evaluate import Score, evaluate
+from integration.rounds.partition import own_tests, partition
 from integration.settings import Settings
 from integration.tasks import Task, load_task
-from integration.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Federation:
         clients = _clients(settings, self.train, self.test)
         return replace(self, settings=settings, clients=clients)
 
-    def judge(self, *adapters: flk.Adapter, client: Client | None = None) -> Score:
+    def evaluate(self, *adapters: flk.Adapter, client: Client | None = None) -> Score:
         """The score of these adapters on the test split, or on the client's own test examples."""
-        test = partial(judge, self.model, self.task, self.test, *adapters)
+        test = partial(evaluate, self.model, self.task, self.test, *adapters)
         among = None if client is None else client.tests
         return test(max_new_tokens=self.settings.max_new_tokens, among=among)
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from integration.seeds import CLIENT_TEST, PARTICIPANTS, generator
 from integration.settings import Settings, SettingsError
+from integration.settings.seeds import CLIENT_TEST, PARTICIPANTS, generator
 
 
 def partition(labels: Sequence[int], settings: Settings) -> list[list[int]]:

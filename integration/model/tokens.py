@@ -1,7 +1,7 @@
-"""Texts, tokenised once and kept as token numbers; batches are padded to their longest text.
+"""Texts, tokenized once and kept as token numbers; batches are padded to their longest text.
 
 Language tasks follow the conventions of TRL's supervised fine-tuning: prompt and completion are
-tokenised together with the end-of-text token behind them, conversations go through the tokenizer's
+tokenized together with the end-of-text token behind them, conversations go through the tokenizer's
 chat template, and the loss counts the completion's tokens only.
 """
 
@@ -33,9 +33,9 @@ class Tokens:
         self.examples = examples
         self.labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
         self.padding = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-        self.texts = self._tokenised(tokenizer, max_tokens) if examples else []
+        self.texts = self._tokenized(tokenizer, max_tokens) if examples else []
 
-    def _tokenised(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Tensor]:
+    def _tokenized(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Tensor]:
         texts = [example.text for example in self.examples]
         second = [example.second for example in self.examples if example.second is not None]
         encoded = tokenizer(texts, second or None, truncation=True, max_length=max_tokens)
@@ -75,7 +75,7 @@ class Tokens:
 class Completions(Tokens):
     """A split of a language task: prompts, and completions whose tokens are the labels."""
 
-    def _tokenised(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Tensor]:
+    def _tokenized(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Tensor]:
         pairs = [_pair(example, tokenizer) for example in self.examples]
         self.prompts = [torch.tensor(prompt[:max_tokens]) for prompt, _ in pairs]
         self._starts = [_common(prompt, whole) for prompt, whole in pairs]

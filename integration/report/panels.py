@@ -1,6 +1,6 @@
 """What the report's figures are drawn with: their style, a panel for each rule, names and remarks.
 
-Rules get a panel each, in which the other rules stay visible in grey: seven crossing lines in one
+Rules get a panel each, in which the other rules stay visible in gray: seven crossing lines in one
 panel cannot be told apart.
 """
 
@@ -16,9 +16,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from integration.series import Rounds
+from integration.report.series import Rounds
 
-GREY = "#B8BEC6"
+GRAY = "#B8BEC6"
 INK = "#24292F"
 MUTED = "#6E7781"
 

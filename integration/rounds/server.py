@@ -23,13 +23,13 @@ import torch
 
 import fedlora_kernels as flk
 from fedlora_kernels.inspection import inspect
-from integration.client import Client, Update
-from integration.judge import Score
-from integration.model import Model
-from integration.packing import Packed, pack, repacked, unpack
-from integration.records import Round
+from integration.model.model import Model
+from integration.model.serialize import Serialized, deserialize, reread, serialize
+from integration.model.total import total
+from integration.rounds.client import Client, Update
+from integration.rounds.evaluate import Score
+from integration.rounds.records import Round
 from integration.settings import Settings
-from integration.total import total
 
 SPECTRUM = 16
 """So many singular values of every module are recorded."""
@@ -37,7 +37,7 @@ SPECTRUM = 16
 AVERAGES = ("fedit",)
 """Rules that average each factor by itself, so that a fixed one comes out as it went in."""
 
-Judge = Callable[..., Score]
+Evaluate = Callable[..., Score]
 """(adapters..., client=None) -> score on the test split, or on the client's own test examples."""
 
 
@@ -81,8 +81,8 @@ class Server:
         received = replace(self._sent, clients=[own]).client_adapter(0)
         return received if received.vera else received.fit(fresh)
 
-    def finish(self, number: int, updates: Sequence[Update], judge: Judge) -> Round:
-        """Aggregate the updates of round `number`, judge the result, set what comes next."""
+    def finish(self, number: int, updates: Sequence[Update], evaluate: Evaluate) -> Round:
+        """Aggregate the updates of round `number`, evaluate the result, set what comes next."""
         weights = [float(update.examples) for update in updates]
         adapters = [update.adapter for update in updates]
         options = self._settings.options.get(self.rule.name, {})
@@ -95,8 +95,8 @@ class Server:
         spectra = _spectra(adapters, weights)
         due = number % self._settings.evaluate_every == 0 or number == self._settings.rounds
         compared = perf_counter()
-        scores = self._scores(result, average, updates, judge) if due else {}
-        judged = perf_counter()
+        scores = self._scores(result, average, updates, evaluate) if due else {}
+        evaluated = perf_counter()
         report = result.report
         up, down = self._traffic(number, result, adapters)
         averaging = None if average is None else average.report
@@ -114,7 +114,7 @@ class Server:
             train_loss=sum(u.loss * u.examples for u in updates) / sum(weights),
             training_ms=1e3 * sum(update.seconds for update in updates),
             aggregation_ms=1e3 * (aggregated - begun),
-            evaluation_ms=1e3 * (judged - compared),
+            evaluation_ms=1e3 * (evaluated - compared),
             modules={
                 name: {
                     "rank": module.rank,
@@ -159,7 +159,7 @@ class Server:
         result: flk.Aggregation,
         average: flk.Aggregation | None,
         updates: Sequence[Update],
-        judge: Judge,
+        evaluate: Evaluate,
     ) -> dict[str, Any]:
         """The fields of a record that need a test.
 
@@ -169,15 +169,15 @@ class Server:
         tested = [(k, self._clients[update.client]) for k, update in enumerate(updates)]
         if self.rule.personal:
             models = [(client, [result.client_adapter(k)]) for k, client in tested]
-            scores = [judge(*adapters) for _, adapters in models]
+            scores = [evaluate(*adapters) for _, adapters in models]
             accuracy = sum(score.accuracy for score in scores) / len(scores)
             loss = sum(score.loss for score in scores) / len(scores)
-            whole = None if average is None else judge(average.adapter)
+            whole = None if average is None else evaluate(average.adapter)
         else:
             models = [(client, [result.adapter, *_residual(result)]) for _, client in tested]
-            whole = judge(*models[0][1])
+            whole = evaluate(*models[0][1])
             accuracy, loss = whole.accuracy, whole.loss
-        own = {c.number: judge(*adapters, client=c) for c, adapters in models if c.tests}
+        own = {c.number: evaluate(*adapters, client=c) for c, adapters in models if c.tests}
         return {
             "accuracy": accuracy,
             "loss": loss,
@@ -191,7 +191,7 @@ class Server:
         residual = _residual(result)
         self._fitted.clear()
         if self.rule.personal:
-            self.own |= {update.client: repacked(update.adapter) for update in updates}
+            self.own |= {update.client: reread(update.adapter) for update in updates}
         if after == "merge" and (self._settings.after or not residual):
             self._merge(result.adapter, *residual)
             heads = result.adapter.extras
@@ -201,14 +201,14 @@ class Server:
             self._sent = self._resent(result.adapter)
 
     def _merge(self, *adapters: flk.Adapter) -> None:
-        for adapter in map(repacked, adapters):
+        for adapter in map(reread, adapters):
             self._model.merge(adapter)
             self.merged.append(adapter)
 
     def _resent(self, adapter: flk.Adapter) -> flk.Aggregation:
         """What is sent, as it reads from a file, so that a run goes on with the same bits."""
         heads = "local" if self.rule.personal else "average"
-        return flk.Aggregation(self.rule, repacked(adapter), None, flk.Report(), [], [], heads)
+        return flk.Aggregation(self.rule, reread(adapter), None, flk.Report(), [], [], heads)
 
     # ---- the end, and a state in between -------------------------------------------------------
 
@@ -231,22 +231,22 @@ class Server:
     def state(self) -> dict[str, Any]:
         """Everything that the next round needs, as plain tensors and JSON types."""
         return {
-            "sent": None if self._sent is None else pack(self._sent.adapter),
-            "own": {number: pack(adapter) for number, adapter in self.own.items()},
-            "merged": [pack(adapter) for adapter in self.merged],
+            "sent": None if self._sent is None else serialize(self._sent.adapter),
+            "own": {number: serialize(adapter) for number, adapter in self.own.items()},
+            "merged": [serialize(adapter) for adapter in self.merged],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; the model's base is merged anew, in the order of the rounds."""
 
-        def here(packed: Packed) -> flk.Adapter:
-            return unpack(packed, self._model.device)
+        def here(serialized: Serialized) -> flk.Adapter:
+            return deserialize(serialized, self._model.device)
 
         self._model.restore()
         self._fitted.clear()
         self._sent = None if state["sent"] is None else self._resent(here(state["sent"]))
-        self.own = {number: here(packed) for number, packed in state["own"].items()}
-        self.merged = [here(packed) for packed in state["merged"]]
+        self.own = {number: here(serialized) for number, serialized in state["own"].items()}
+        self.merged = [here(serialized) for serialized in state["merged"]]
         self._model.merge(*self.merged)
 
 

@@ -1,6 +1,6 @@
 """The README's quickstart section and its figure, from a committed result folder.
 
-python -m integration.readme integration/results/<device>/quickstart
+python -m integration.report.readme integration/results/<device>/quickstart
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from integration import charts
 from integration.files import write
-from integration.series import read_run
-from integration.table import columns
+from integration.report import figures
+from integration.report.series import read_run
+from integration.report.table import columns
 
 BEGIN = "<!-- quickstart:begin -->"
 END = "<!-- quickstart:end -->"
@@ -25,7 +25,7 @@ def write_section(results: Path, readme: Path) -> None:
     Raises ValueError where the README lacks the marks.
     """
     run = read_run(results)
-    write(results / "errors.svg", charts.errors(run.rules))
+    write(results / "errors.svg", figures.errors(run.rules))
     text = readme.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import fedlora_kernels as flk
-from integration.model import Model
-from integration.seeds import generator, seed
+from integration.model.model import Model
+from integration.model.tokens import Completions, Tokens
+from integration.model.trainer import LocalTrainer, Moments
 from integration.settings import Settings
-from integration.tokens import Completions, Tokens
-from integration.trainer import LocalTrainer, Moments
+from integration.settings.seeds import generator, seed
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Client:
         return ((counts + 1) / (len(self.positions) + classes)).log()
 
     def steps(self, settings: Settings) -> int:
-        """Optimiser steps of one round."""
+        """Optimizer steps of one round."""
         if settings.steps is not None:
             return settings.steps
         return int(settings.epochs or 1) * math.ceil(len(self.positions) / settings.batch_size)

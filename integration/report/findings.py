@@ -1,6 +1,6 @@
 """The tables of docs/findings.md, from the summaries of committed runs.
 
-    python -m integration.findings integration/results docs/findings.md
+    python -m integration.report.findings integration/results docs/findings.md
 
 The page says which tables it wants, each between two marks; the text between them is replaced:
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import fedlora_kernels as flk
 from integration.files import write
-from integration.table import Entry, megabytes, relative, score
+from integration.report.table import Entry, megabytes, relative, score
 
 TABLE = re.compile(r"(<!-- table (\w+)((?: \w+)*): ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -21,7 +21,7 @@ import torch
 
 import fedlora_kernels as flk
 from integration import files
-from integration.judge import Score
+from integration.rounds.evaluate import Score
 from integration.settings import Settings, SettingsError
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import fedlora_kernels as flk
 from integration import files
-from integration.judge import Score
-from integration.noise import interval, within_noise
-from integration.records import Round
+from integration.report.intervals import interval, within_noise
+from integration.rounds.evaluate import Score
+from integration.rounds.records import Round
 
 
 class Measure(NamedTuple):

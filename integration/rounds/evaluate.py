@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import fedlora_kernels as flk
-from integration.model import Model
+from integration.model.model import Model
+from integration.model.tokens import IGNORED, Completions, Tokens
 from integration.tasks import Task
-from integration.tokens import IGNORED, Completions, Tokens
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Score:
     loss: float
 
 
-def judge(
+def evaluate(
     model: Model,
     task: Task,
     tokens: Tokens,

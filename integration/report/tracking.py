@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from integration.records import Round
+from integration.rounds.records import Round
 from integration.settings import Settings, SettingsError
 
 SCALARS = ("accuracy", "loss", "global_accuracy", "train_loss", "rank")

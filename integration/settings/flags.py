@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from integration.settings import Settings, SettingsError, about, setting
+from integration.settings.fields import Settings, SettingsError, about, setting
 
 LISTS = {"rules": str, "ranks": int, "target_modules": str}
 """Settings that are lists, and what is in them."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from integration import files
-from integration.records import Round
+from integration.rounds.records import Round
 from integration.settings import SettingsError
 
 FORMAT = 1
