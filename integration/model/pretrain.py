@@ -26,6 +26,7 @@ from integration.model.loading import quiet, shape
 from integration.model.progress import StepBar
 from integration.model.tokenizer import trained_tokenizer
 from integration.settings import SettingsError
+from integration.settings.fields import setting
 from integration.tasks import Example
 from integration.tasks.arithmetic import SMALLEST, problems, sums
 from integration.tasks.stdlib_chapters import strings
@@ -43,22 +44,21 @@ DATA_SEED = 1_000
 class Pretraining:
     """What a pretraining depends on; the defaults are meant for a GPU."""
 
-    shape: str = "llama-30m"
-    steps: int = 2000
-    batch_size: int = 64
-    length: int = 256
-    """Tokens of one sequence; texts are serialized without padding."""
-    learning_rate: float = 1e-3
-    problems: int = 100_000
-    level: int = 3
-    """Operations that a word problem may have."""
-    largest: int = 40
-    """First number that a word problem may have."""
-    code: float = 0.3
-    """Share of the sequences that come from the standard library."""
-    sums: float = 0.0
-    """Share of the sequences that hold bare sums, `14 + 5 = 19`, without a story."""
-    seed: int = 0
+    shape: str = setting(
+        "A name in integration/configs; llama-30m on a GPU, else llama-tiny", "llama-30m"
+    )
+    steps: int = setting("Optimizer steps", 2000)
+    batch_size: int = setting("Sequences in a step", 64)
+    length: int = setting("Tokens of a sequence", 256)
+    """Texts are packed without padding."""
+    learning_rate: float = setting("At its highest", 1e-3)
+    problems: int = setting("Different word problems", 100_000)
+    level: int = setting("Operations of one, at most", 3)
+    largest: int = setting("First number of one, at most", 40)
+    code: float = setting("Share of the library's texts", 0.3)
+    sums: float = setting("Share of bare sums", 0.0)
+    """`14 + 5 = 19`, without a story."""
+    seed: int = setting("Decides all randomness", 0)
 
 
 RECIPES = {

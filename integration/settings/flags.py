@@ -1,27 +1,34 @@
-"""The flags of `compare` and `run`: how a run is started, and every setting that is a number, a
-word or a list.
+"""The command line's flags: how a run is started, and every setting that is a number, a word or a
+list. A flag's name, type and help come from the field of the dataclass that it sets.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any, get_type_hints
 
-import typer
+import click
 
 from integration.settings.fields import Settings, SettingsError, about, setting
 
 LISTS = {"rules": str, "ranks": int, "target_modules": str}
-"""Settings that are lists, and what is in them."""
+"""Settings that are lists, and the type of their entries."""
+
+TYPES: dict[Any, click.ParamType[Any]] = {
+    bool: click.BOOL,
+    int: click.INT,
+    float: click.FLOAT,
+    str: click.STRING,
+    Path: click.Path(path_type=Path),
+}
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run is started: what is no setting of it and has no part in its results."""
+    """How a run is started: these fields are no settings and do not change its results."""
 
     preset: str = setting("A name in integration/presets, or a .toml file", "quickstart")
     out: Path = field(default=Path("runs"), metadata=about("Folder for the run's files"))
@@ -43,35 +50,38 @@ class Start:
             raise SettingsError(f"out must be a folder, found the file {self.out}")
 
 
-def starting(out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command(start, changes, its own flags...) with a flag for everything in Start and Settings.
+def run_flags(out: str, *, hidden: str = "") -> Callable[[click.Command], click.Command]:
+    """Give a command f(start, changes, its own flags...) the flags of a run.
 
-    `out` is the default of --out. `changes` has the settings' flags, None where one is not given,
-    and `energy` (florist's option). A flag of the command's own replaces a setting of its name.
+    The command gets a flag for every field of Start, every setting that is no table, and `energy`
+    (FLoRIST's option). `out` is the default of --out. `changes` has the settings' flags, None for
+    those that were not given. The flag of the setting `hidden` is not in the help.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        _, _, *own = signature.parameters.values()
-        flags = {x.name: x.replace(kind=x.KEYWORD_ONLY) for x in own} | _start_flags(Path(out))
-        flags = flags | _setting_flags() | flags
+    def decorate(command: click.Command) -> click.Command:
+        function, own = command.callback, [str(option.name) for option in command.params]
+        assert function is not None
+        settings = [*flags_of(Settings), _energy()]
+        for option in settings:
+            option.hidden = option.name == hidden
+        command.params += [*flags_of(Start, defaults={"out": Path(out)}), *settings]
 
-        def started(**given: Any) -> None:
-            start = {f.name: given.pop(f.name) for f in dataclasses.fields(Start)}
-            mine = {x.name: given.pop(x.name) for x in own}
-            command(Start(**start), lists(given), **mine)
+        def callback(**given: Any) -> None:
+            start = Start(**{f.name: given.pop(f.name) for f in dataclasses.fields(Start)})
+            mine = {name: given.pop(name) for name in own}
+            function(start, lists(given), **mine)
 
-        started.__doc__, started.__name__ = command.__doc__, command.__name__
-        made: Any = started
-        made.__signature__ = inspect.Signature(list(flags.values()))
-        made.__annotations__ = {name: flag.annotation for name, flag in flags.items()}
-        return started
+        command.callback = callback
+        return command
 
     return decorate
 
 
 def lists(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags with lists in place of comma-separated texts; SettingsError where one is none."""
+    """The flags with lists in place of comma-separated texts.
+
+    Raises SettingsError for a text that is not a list of the setting's type.
+    """
     parsed = dict(flags)
     for name, kind in LISTS.items():
         text = flags.get(name)
@@ -85,38 +95,38 @@ def lists(flags: dict[str, Any]) -> dict[str, Any]:
     return parsed
 
 
+def flags_of(kind: type, *, defaults: dict[str, Any] | None = None) -> Iterator[click.Option]:
+    """An option for every field of a dataclass that has a help text and is no table.
+
+    Without `defaults` every option is None where it is not given. With them it has the field's
+    default, or the one in `defaults`.
+    """
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        plain = str if f.name in LISTS else _plain(hints[f.name])
+        if plain is None or "help" not in f.metadata:
+            continue
+        flag = f"--{f.name.replace('_', '-')}"
+        default = None if defaults is None else defaults.get(f.name, f.default)
+        if plain is bool and default is None:
+            flag = f"{flag}/--no-{flag.removeprefix('--')}"
+        yield click.Option(
+            [flag],
+            type=TYPES[plain],
+            is_flag=plain is bool,
+            default=default,
+            show_default=default is not None,
+            help=f.metadata["help"],
+        )
+
+
+def _energy() -> click.Option:
+    return click.Option(["--energy"], type=float, help="Energy that FLoRIST keeps, in (0, 1].")
+
+
 def _plain(hint: Any) -> type | None:
-    """int, float, str or bool, also where the setting may be None; None for tables."""
-    for kind in (bool, int, float, str):
+    """bool, int, float, str or Path, also where the field may be None; None for tables."""
+    for kind in TYPES:
         if hint in (kind, kind | None):
-            return kind
+            return kind  # type: ignore[no-any-return]
     return None
-
-
-def _start_flags(out: Path) -> dict[str, inspect.Parameter]:
-    hints = get_type_hints(Start)
-    made = {}
-    for f in dataclasses.fields(Start):
-        names = [f"--{f.name.replace('_', '-')}"] if hints[f.name] is bool else []  # no --no-resume
-        option = typer.Option(*names, help=f.metadata["help"])
-        default = out if f.name == "out" else f.default
-        made[f.name] = _flag(f.name, Annotated[hints[f.name], option], default)
-    return made
-
-
-def _setting_flags() -> dict[str, inspect.Parameter]:
-    hints = get_type_hints(Settings)
-    made = {}
-    for f in dataclasses.fields(Settings):
-        kind = str if f.name in LISTS else _plain(hints[f.name])
-        if kind is not None:
-            option = typer.Option(help=f.metadata["help"])
-            made[f.name] = _flag(f.name, Annotated[kind | None, option], None)
-    energy = Annotated[float | None, typer.Option(help="Energy that FLoRIST keeps, in (0, 1].")]
-    return made | {"energy": _flag("energy", energy, None)}
-
-
-def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
