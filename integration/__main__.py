@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -19,10 +20,11 @@ from integration.lm_eval import evaluate as lm_eval
 from integration.model.pretrain import RECIPES, Pretraining, pretrain, recipe
 from integration.plan import plan, show
 from integration.report.html import write_report
+from integration.rounds.records import check_folder
 from integration.settings import Settings, SettingsError, from_preset
 from integration.settings.flags import Start, flags_of, run_flags
 from integration.tasks import TaskError
-from integration.tiny import tiny as in_miniature
+from integration.tiny import miniature
 
 FOLDER = click.Path(path_type=Path)
 
@@ -91,22 +93,37 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 def _run(start: Start, changes: dict[str, Any]) -> None:
     """Settings from the flags, then the plan, or the comparison, here or on Flower."""
-    settings = from_preset(start.preset, **changes)
-    if start.tiny:
-        settings = in_miniature(settings, start.out)
-    rules, left_out = choose(settings, explicit=changes["rules"] is not None)
+    settings, explicit = from_preset(start.preset, **changes), changes["rules"] is not None
     console = Console()
+    if start.dry_run:
+        with TemporaryDirectory() as folder:  # a plan leaves nothing behind
+            _plan(start, settings, Path(folder), explicit, console)
+        return
+    small = miniature(settings, start.out) if start.tiny else None
+    settings = settings if small is None else small.settings
+    rules, left_out = choose(settings, explicit=explicit)
+    check_folder(start.out, settings, resume=start.resume)
+    if small is not None:
+        small.write()
+    _pretrain_what_is_missing(settings, console)
+    if start.engine == "flower":  # its server says what is left out
+        flower.run(settings, start.out, resume=start.resume, superlink=start.superlink)
+        return
     for line in left_out:
         console.print(line)
-    chosen = replace(settings, rules=tuple(rule.name for rule in rules))
-    if start.dry_run:
-        show(plan(chosen), console)
-        return
-    _pretrain_what_is_missing(settings, console)
-    if start.engine == "flower":
-        flower.run(chosen, start.out, resume=start.resume, superlink=start.superlink)
-    else:
-        compare_rules(settings, rules, start.out, console, resume=start.resume)
+    compare_rules(settings, rules, start.out, console, resume=start.resume)
+
+
+def _plan(start: Start, settings: Settings, folder: Path, explicit: bool, console: Console) -> None:
+    """Print the plan of a run; `folder` is where a miniature's files are read from."""
+    if start.tiny:
+        small = miniature(settings, folder)
+        small.write()
+        settings = small.settings
+    rules, left_out = choose(settings, explicit=explicit)
+    for line in left_out:
+        console.print(line)
+    show(plan(replace(settings, rules=tuple(rule.name for rule in rules))), console)
 
 
 def _pretrain_what_is_missing(settings: Settings, console: Console) -> None:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -23,15 +23,11 @@ from rich.table import Table
 import fedlora_kernels as flk
 from integration.model import loading
 from integration.model.model import PREFIX, peft_config
-from integration.published import published
 from integration.rounds.client import Client
 from integration.rounds.partition import participants, partition
 from integration.rounds.server import AVERAGES, trained
 from integration.settings import Settings, SettingsError
-from integration.tasks import TASKS, Task, load_task
-
-GENERATED = ("stdlib_chapters", "stdlib_code", "arithmetic")
-"""Tasks that make their own data."""
+from integration.tasks import TASKS, LoadedTask, find_task, load_task
 
 FLOAT = 4
 """Bytes of an adapter's number: PEFT keeps adapters in float32, whatever the base is in."""
@@ -155,37 +151,39 @@ def show(planned: Plan, console: Console) -> None:
     console.print(memory)
 
 
-def _data(settings: Settings) -> tuple[str, list[int], int, Task]:
-    """Where the sizes come from, the training labels, the number of tests, the task's kind."""
-    if settings.task not in TASKS:
-        raise SettingsError(f"unknown task {settings.task!r}; known: {', '.join(TASKS)}")
+def _data(settings: Settings) -> tuple[str, list[int], int, LoadedTask]:
+    """Where the sizes come from, the training labels, the number of tests, the task; without its
+    examples where the sizes are published ones.
+    """
+    task = find_task(settings.task)
     source = settings.task_options.get("source")
-    if settings.task in GENERATED or (source and Path(source).exists()):
-        task = load_task(settings)
-        labels = [example.label for example in task.train]
-        return "counted here", labels, len(task.test), task
-    found = published(settings)
+    if task.row is None or (source and Path(source).exists()):
+        loaded = load_task(settings)
+        labels = [example.label for example in loaded.train]
+        return "counted here", labels, len(loaded.test), loaded
+    which = task.which(settings.task_options)
+    found = task.published.get(which)
+    if found is None:
+        known = [f"{x.name} {name}".strip() for x in TASKS.values() for name in x.published]
+        raise SettingsError(
+            f"no size of {f'{task.name} {which}'.strip()!r} is known here; known: "
+            f"{', '.join(known)}; other data are planned from files (task_options.source)"
+        )
     tests = min(settings.test_size, found.test or settings.test_size)
     labels = [label for label, count in enumerate(found.train) for _ in range(count)]
-    spent = (
-        settings.shared_per_class * len(found.train) if _kind(settings) == "classification" else 0
-    )
+    spent = settings.shared_per_class * len(found.train) if task.kind == "classification" else 0
     spent += 0 if found.test else tests
     kept = min(len(labels) - spent, settings.train_size or len(labels))
     if kept < 1:
         raise SettingsError(f"{len(labels)} examples leave none for training; lower test_size")
     places = [place * len(labels) // kept for place in range(kept)]  # the labels' own shares
     classes = tuple(map(str, range(len(found.train))))
-    task = Task(settings.task, classes, (), (), (), _kind(settings))
-    return f"sizes: {found.source}", [labels[place] for place in places], tests, task
-
-
-def _kind(settings: Settings) -> Literal["classification", "language"]:
-    return "classification" if settings.task == "glue" else "language"
+    empty = LoadedTask(task.name, classes, (), (), (), task.kind)
+    return f"sizes: {found.source}", [labels[place] for place in places], tests, empty
 
 
 def _shape(
-    settings: Settings, task: Task
+    settings: Settings, task: LoadedTask
 ) -> tuple[Any, int, dict[str, tuple[int, int]], dict[int, dict[str, int]], int]:
     """The model's config, its parameters, the modules with adapters, their ranks by client rank,
     and the parameters of a head that is trained.
@@ -252,7 +250,7 @@ def _traffic(planned: Plan, rule: flk.Rule) -> Traffic:
     return Traffic(rule.name, round(fmean(up)), round(fmean(down)), bound)
 
 
-def _memory(planned: Plan, config: Any, task: Task) -> dict[str, int]:
+def _memory(planned: Plan, config: Any, task: LoadedTask) -> dict[str, int]:
     """Bytes of the base, the adapters, one client's training and one aggregation."""
     settings = planned.settings
     gpu = settings.device != "cpu" and torch.cuda.is_available()

@@ -39,11 +39,11 @@ def language(**changes):
     return miniature(**(tiny | changes))
 
 
-def run(out, settings, rules=None, **options):
+def run(out, settings, rules=None, console=None, **options):
     """The summary, and the lines of metrics.jsonl by rule."""
     chosen, _ = choose(settings, explicit=False)
     chosen = [flk.rules()[name] for name in rules] if rules else chosen
-    summary = compare(settings, chosen, out, Console(quiet=True), **options)
+    summary = compare(settings, chosen, out, console or Console(quiet=True), **options)
     return summary, metrics(out)
 
 

@@ -9,7 +9,7 @@ import pytest
 from integration.report.findings import TABLE, filled
 from integration.report.summary import write_summary
 from integration.rounds.evaluate import Score
-from integration.rounds.records import Round
+from integration.rounds.records import RoundRecord
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "integration/results"
@@ -77,8 +77,8 @@ def test_the_page_shows_the_committed_results():
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/*/")), ids=lambda folder: folder.name)
 def test_committed_summaries_are_those_of_their_rounds(folder, tmp_path):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    known = {field.name for field in fields(Round)}
-    rounds = [Round(**{k: v for k, v in json.loads(x).items() if k in known}) for x in lines]
+    known = {field.name for field in fields(RoundRecord)}
+    rounds = [RoundRecord(**{k: v for k, v in json.loads(x).items() if k in known}) for x in lines]
     settings = json.loads((folder / "settings.json").read_text())
     start = Score(settings["start_accuracy"], settings["start_loss"])
     again = write_summary(tmp_path, rounds, start)

@@ -8,7 +8,7 @@ from integration.model.loading import shape
 from integration.model.model import Model
 from integration.rounds.evaluate import evaluate
 from integration.settings import SettingsError
-from integration.tasks import Example, Task
+from integration.tasks import Example, LoadedTask
 
 EXAMPLES = [
     Example("Return the square root of a number.", 0),
@@ -17,7 +17,7 @@ EXAMPLES = [
 ]
 
 
-TASK = Task("two", ("mathematics", "mail"), tuple(EXAMPLES), tuple(EXAMPLES), tuple(EXAMPLES))
+TASK = LoadedTask("two", ("mathematics", "mail"), tuple(EXAMPLES), tuple(EXAMPLES), tuple(EXAMPLES))
 
 
 @pytest.fixture(scope="module")

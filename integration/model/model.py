@@ -26,7 +26,7 @@ from integration.model.class_means import ClassMeans
 from integration.model.tokens import Batch, Completions, Tokens
 from integration.settings import Settings, SettingsError
 from integration.settings.seeds import BASE, generator
-from integration.tasks import Task
+from integration.tasks import LoadedTask
 
 EVALUATION_BATCH = {"cpu": 32, "cuda": 128}
 """Texts per forward pass outside training; a GPU is idle with few of them."""
@@ -51,7 +51,7 @@ class Model:
         modules: names of the modules that carry an adapter.
     """
 
-    def __init__(self, settings: Settings, task: Task) -> None:
+    def __init__(self, settings: Settings, task: LoadedTask) -> None:
         base, self.tokenizer = loading.load(settings, task)
         self.device = next(base.parameters()).device
         self.evaluation_batch = EVALUATION_BATCH[self.device.type]
@@ -243,7 +243,7 @@ def _slot(rank: int) -> str:
     return f"rank{rank}"
 
 
-def peft_config(settings: Settings, task: Task, rank: int) -> PeftConfig:
+def peft_config(settings: Settings, task: LoadedTask, rank: int) -> PeftConfig:
     """PEFT's config of the clients of this rank; alpha / r is the same in every module."""
     common: dict[str, Any] = {"r": rank, "target_modules": list(settings.target_modules)}
     if task.kind == "language":

@@ -12,7 +12,7 @@ import fedlora_kernels as flk
 from integration import files
 from integration.report.intervals import interval, within_noise
 from integration.rounds.evaluate import Score
-from integration.rounds.records import Round
+from integration.rounds.records import RoundRecord
 
 
 class Measure(NamedTuple):
@@ -39,7 +39,7 @@ MEASURES = (
 )
 
 
-def write_summary(out: Path, rounds: Sequence[Round], start: Score) -> list[dict[str, Any]]:
+def write_summary(out: Path, rounds: Sequence[RoundRecord], start: Score) -> list[dict[str, Any]]:
     """Write `out/summary.json`: one object per rule, in the order of the rounds; also returned.
 
     Accuracy and loss are the last round's. The errors, the rank and the bytes are means over the
@@ -55,7 +55,7 @@ def write_summary(out: Path, rounds: Sequence[Round], start: Score) -> list[dict
     `client_within_noise`). The interval is that of the seeds: the test examples are the same for
     all of them. A mean over a value that is not finite is None.
     """
-    by_rule: dict[str, dict[int, list[Round]]] = {}
+    by_rule: dict[str, dict[int, list[RoundRecord]]] = {}
     for entry in rounds:
         by_rule.setdefault(entry.rule, {}).setdefault(entry.seed, []).append(entry)
     summary: list[dict[str, Any]] = []
@@ -87,7 +87,7 @@ def write_summary(out: Path, rounds: Sequence[Round], start: Score) -> list[dict
     return found
 
 
-def _scores(rule: str, last: Sequence[Round]) -> dict[str, list[float]]:
+def _scores(rule: str, last: Sequence[RoundRecord]) -> dict[str, list[float]]:
     """Score -> its values by seed, of the scores that the rule has."""
     scores = {
         "accuracy": [_number(entry.accuracy) for entry in last],

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from integration.rounds.records import Round
+from integration.rounds.records import RoundRecord
 from integration.settings import Settings, SettingsError
 
 SCALARS = ("accuracy", "loss", "global_accuracy", "train_loss", "rank")
@@ -47,7 +47,7 @@ class Tracker(AbstractContextManager["Tracker"]):
         if self._kind is not None:
             self._kind.check()
 
-    def round(self, entry: Round) -> None:
+    def round(self, entry: RoundRecord) -> None:
         """Send one round."""
         if self._kind is None:
             return
@@ -67,7 +67,7 @@ class Tracker(AbstractContextManager["Tracker"]):
         self._sink = None
 
 
-def scalars(entry: Round) -> dict[str, float]:
+def scalars(entry: RoundRecord) -> dict[str, float]:
     """Group/name -> number, without what the round does not have."""
     groups = {"score": SCALARS, "error": ERRORS, "traffic": BYTES, "time": TIMES}
     values = {

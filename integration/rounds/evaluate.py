@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import fedlora_kernels as flk
 from integration.model.model import Model
 from integration.model.tokens import IGNORED, Completions, Tokens
-from integration.tasks import Task
+from integration.tasks import LoadedTask
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Score:
 
 def evaluate(
     model: Model,
-    task: Task,
+    task: LoadedTask,
     tokens: Tokens,
     *adapters: flk.Adapter,
     max_new_tokens: int = 64,
@@ -76,7 +76,7 @@ def _next_tokens(model: Model, tokens: Completions, among: Sequence[int] | None)
 
 def _answers(
     model: Model,
-    task: Task,
+    task: LoadedTask,
     tokens: Completions,
     max_new_tokens: int,
     among: Sequence[int] | None,

@@ -12,7 +12,7 @@ from integration.rounds.client import Client
 from integration.rounds.evaluate import Score, evaluate
 from integration.rounds.partition import own_tests, partition
 from integration.settings import Settings
-from integration.tasks import Task, load_task
+from integration.tasks import LoadedTask, load_task
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Federation:
     """A task dealt to clients, beside the one model that they all train."""
 
     settings: Settings
-    task: Task
+    task: LoadedTask
     model: Model
     train: Tokens
     test: Tokens

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from integration.rounds.client import Update
 from integration.rounds.engine import Engine
 from integration.rounds.federation import Federation
-from integration.rounds.records import Round
+from integration.rounds.records import RoundRecord
 from integration.rounds.server import Server
 from integration.rounds.state import read_state, write_state
 
 FirstRound = dict[str, list[Update]]
 """What the clients trained -> their updates of round 1, which rules of one seed have in common."""
+
+
+class Observer:
+    """What is told of one rule's rounds; this one does nothing."""
+
+    def restored(self, records: list[RoundRecord]) -> None:
+        """These rounds were finished by an earlier run."""
+
+    def step(self) -> None:
+        """A client has made an optimizer step."""
+
+    def finished(self, record: RoundRecord) -> None:
+        """A round is finished, and its state is on the disk."""
+
+    def warn(self, warning: str) -> None:
+        """The run goes on, but not with the bits of one that was never stopped."""
 
 
 def run_rounds(
@@ -24,36 +39,34 @@ def run_rounds(
     path: Path,
     *,
     first: FirstRound,
-    on_step: Callable[[], None] = lambda: None,
-    on_round: Callable[[list[Round]], None] = lambda _: None,
-    warn: Callable[[str], None] = lambda _: None,
-) -> list[Round]:
+    observer: Observer,
+) -> list[RoundRecord]:
     """The records of all rounds; those before the state in `path` are read from there.
 
-    `on_round` is told the records so far, after they are on the disk. Every rule starts from the
-    same model, data and seeds, so rules that train the same factors share the first round. `warn`
-    is told what keeps a run that goes on from the bits of one that was never stopped.
+    Every rule starts from the same model, data and seeds, so rules that train the same factors
+    share the first round.
     """
-    rounds: list[Round] = []
+    records: list[RoundRecord] = []
     if (state := read_state(path)) is not None:
-        rounds, of_server, of_engine = state
+        records, of_server, of_engine = state
         server.restore(of_server)
         for warning in engine.restore(of_engine):
-            if len(rounds) < federation.settings.rounds:
-                warn(f"{server.rule.name}: {warning}")
-        on_round(rounds)
-    for number in range(len(rounds) + 1, federation.settings.rounds + 1):
+            if len(records) < federation.settings.rounds:
+                observer.warn(f"{server.rule.name}: {warning}")
+        observer.restored(records)
+    for number in range(len(records) + 1, federation.settings.rounds + 1):
         trains = server.trains(number)
         if number == 1 and trains in first:
             updates = first[trains]
             engine.take(updates)
         else:
-            updates = engine.train(server, number, on_step)
+            updates = engine.train(server, number, observer.step)
         if number == 1:
             first.setdefault(trains, updates)
         record = server.finish(number, updates, federation.evaluate)
         lost = {str(client): reason for client, reason in engine.lost.items()}
-        rounds.append(replace(record, lost=lost, transfer_ms=engine.transfer_ms))
-        write_state(path, rounds, server.state(), engine.state())
-        on_round(rounds)
-    return rounds
+        record = replace(record, lost=lost, transfer_ms=engine.transfer_ms)
+        records.append(record)
+        write_state(path, records, server.state(), engine.state())
+        observer.finished(record)
+    return records

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ PACKAGES = ("torch", "transformers", "peft", "numpy")
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundRecord:
     """One rule, one round. Bytes are summed over the clients, errors are means over the modules,
     times are summed over the clients.
     """
@@ -69,12 +69,28 @@ TIMES = ("training_ms", "aggregation_ms", "evaluation_ms", "transfer_ms")
 """What two runs of equal settings do not have in common."""
 
 
+def check_folder(out: Path, settings: Settings, *, resume: bool) -> None:
+    """Raise SettingsError where a run with these settings cannot go on from what is in `out`."""
+    path = out / "settings.json"
+    if not resume or not path.is_file():
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(files.to_json(dataclasses.asdict(settings)))
+    for name, value in wanted.items():
+        if begun["settings"].get(name) != value:
+            raise SettingsError(
+                f"{out} was begun with {name} {begun['settings'].get(name)!r}, found {value!r}; "
+                "resume with the same flags, or start without --resume"
+            )
+
+
 def open_folder(out: Path, settings: Settings, *, resume: bool) -> list[str]:
     """Make the run's folder, empty of earlier results unless the run goes on from them.
 
     Returns warnings: what keeps a resumed run from the bits of one that was never stopped.
     Raises SettingsError where the folder was begun with other settings.
     """
+    check_folder(out, settings, resume=resume)
     path = out / "settings.json"
     if not resume or not path.is_file():
         path.unlink(missing_ok=True)  # first: without it nothing that is left can be resumed
@@ -85,13 +101,6 @@ def open_folder(out: Path, settings: Settings, *, resume: bool) -> list[str]:
         out.mkdir(parents=True, exist_ok=True)
         return []
     begun = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(files.to_json(dataclasses.asdict(settings)))
-    for name, value in wanted.items():
-        if begun["settings"].get(name) != value:
-            raise SettingsError(
-                f"{out} was begun with {name} {begun['settings'].get(name)!r}, found {value!r}; "
-                "resume with the same flags, or start without --resume"
-            )
     found = {"threads": torch.get_num_threads(), **_versions()}
     recorded = {"threads": begun.get("threads"), **begun["versions"]}
     return [
@@ -114,10 +123,32 @@ def write_settings(out: Path, settings: Settings, start: Score) -> None:
     files.write(out / "settings.json", files.to_json(content, indent=2) + "\n")
 
 
-def write_metrics(out: Path, rounds: Sequence[Round]) -> None:
-    """metrics.jsonl: one line per seed, rule and round, with every module's rank and errors."""
-    lines = [files.to_json(dataclasses.asdict(entry)) for entry in rounds]
-    files.write(out / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+class Metrics:
+    """metrics.jsonl: one line per seed, rule and round, appended when the round is finished.
+
+    A run that goes on tells the finished rounds again, in the same order. Lines that are in the
+    file already stay as they are. The first line that differs, or that was cut off when an earlier
+    run was killed, is removed with everything after it.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / "metrics.jsonl"
+        self._end = 0
+        """Bytes of the rounds told so far."""
+
+    def append(self, record: RoundRecord) -> None:
+        """Add the round's line, with every module's rank and errors; it is on the disk then."""
+        line = f"{files.to_json(dataclasses.asdict(record))}\n".encode()
+        self._path.touch()
+        with self._path.open("r+b") as file:
+            file.seek(self._end)
+            if file.read(len(line)) != line:
+                file.seek(self._end)
+                file.truncate()
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        self._end += len(line)
 
 
 def write_adapters(out: Path, adapter: flk.Adapter, own: Mapping[int, flk.Adapter]) -> None:

@@ -28,7 +28,7 @@ from integration.model.serialize import Serialized, deserialize, reread, seriali
 from integration.model.total import total
 from integration.rounds.client import Client, Update
 from integration.rounds.evaluate import Score
-from integration.rounds.records import Round
+from integration.rounds.records import RoundRecord
 from integration.settings import Settings
 
 SPECTRUM = 16
@@ -81,7 +81,7 @@ class Server:
         received = replace(self._sent, clients=[own]).client_adapter(0)
         return received if received.vera else received.fit(fresh)
 
-    def finish(self, number: int, updates: Sequence[Update], evaluate: Evaluate) -> Round:
+    def finish(self, number: int, updates: Sequence[Update], evaluate: Evaluate) -> RoundRecord:
         """Aggregate the updates of round `number`, evaluate the result, set what comes next."""
         weights = [float(update.examples) for update in updates]
         adapters = [update.adapter for update in updates]
@@ -100,7 +100,7 @@ class Server:
         report = result.report
         up, down = self._traffic(number, result, adapters)
         averaging = None if average is None else average.report
-        record = Round(
+        record = RoundRecord(
             rule=self.rule.name,
             seed=self._settings.seed,
             round=number,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from integration import files
-from integration.rounds.records import Round
+from integration.rounds.records import RoundRecord
 from integration.settings import SettingsError
 
 FORMAT = 1
@@ -28,7 +28,7 @@ def place(out: Path, rule: str, seed: int) -> Path:
 
 
 def write_state(
-    path: Path, rounds: list[Round], server: dict[str, Any], engine: dict[str, Any]
+    path: Path, rounds: list[RoundRecord], server: dict[str, Any], engine: dict[str, Any]
 ) -> None:
     """Write the state after the last of these rounds."""
     content = {
@@ -42,7 +42,7 @@ def write_state(
     files.write(path, buffer.getvalue())
 
 
-def read_state(path: Path) -> tuple[list[Round], dict[str, Any], dict[str, Any]] | None:
+def read_state(path: Path) -> tuple[list[RoundRecord], dict[str, Any], dict[str, Any]] | None:
     """The rounds, the server's part and the engine's part, or None where no round was finished.
 
     Raises SettingsError for a file that another version wrote, or that is damaged.
@@ -58,5 +58,5 @@ def read_state(path: Path) -> tuple[list[Round], dict[str, Any], dict[str, Any]]
         ) from None
     if found != FORMAT:
         raise SettingsError(f"{path} has format {found}, expected {FORMAT}; start without --resume")
-    rounds = [Round(**entry) for entry in content["rounds"]]
+    rounds = [RoundRecord(**entry) for entry in content["rounds"]]
     return rounds, content["server"], content["engine"]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from integration.tasks.answers import same_number
-from integration.tasks.task import Example, Task, TaskError, split
+from integration.tasks.task import Content, Example, Task, TaskError
 
 NAMES = ("Mia", "Omar", "Lena", "Ravi", "Chloe", "Tomas", "Aiko", "Sam", "Nora", "Felix", "Ines")
 
@@ -108,16 +108,7 @@ COMPUTE: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def load(
-    *,
-    test_size: int,
-    shared_per_class: int = 0,
-    train_size: int | None = None,
-    level: int = 2,
-    largest: int = 40,
-    examples: int = 6000,
-    data_seed: int = 0,
-) -> Task:
+def read(*, level: int = 2, largest: int = 40, examples: int = 6000, data_seed: int = 0) -> Content:
     """Generate the task: `examples` different problems of up to `level` operations that begin with
     a number of up to `largest`.
 
@@ -128,13 +119,9 @@ def load(
             f"task arithmetic: level {level} and largest {largest}, expected at least 1 and "
             f"{SMALLEST}"
         )
-    return split(
-        "arithmetic",
+    return Content(
         tuple(topic.name for topic in TOPICS),
         problems(level, largest, examples, data_seed),
-        test_size=test_size,
-        train_size=train_size,
-        kind="language",
         right=same_number,
     )
 
@@ -194,3 +181,6 @@ def _numbers(sign: str, value: int) -> Sequence[int]:
     if sign == "/":
         return [number for number in MANY if value % number == 0]
     return tuple(MANY) if sign == "*" else range(2, 21)
+
+
+TASK = Task("arithmetic", "language", read, tiny_options={"level": 1, "examples": 120})
