@@ -150,7 +150,7 @@ def test_moments_that_ended_with_the_nodes_are_warned_of(tmp_path, goes_on):
 def test_a_run_with_a_rule_left_out_goes_on_on_the_other_engine(
     tmp_path, monkeypatch, capsys, first
 ):
-    """Both engines record the same settings: those of the preset, with the rule that is left out."""
+    """Both engines record the preset's settings, with the rule that is left out."""
     rules = "flora,fedit,florist"  # fedit needs clients of one rank
     preset = tmp_path / "preset.toml"
     text = (PRESETS / "quickstart.toml").read_text()

@@ -1,7 +1,6 @@
 """The figures of the report, as SVG texts without outside references.
 
-Two colors that every kind of color vision separates (Okabe and Ito) say whether a rule reaches
-its SVD floor.
+The color of a rule says whether it reaches its SVD floor.
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from integration.report.panels import GRAY, INK, MUTED, STYLE, end, names, note, panels, svg
+from integration.report.palette import BLUE, GRAY, GREEN, INK, MUTED, PURPLE, VERMILION
+from integration.report.panels import STYLE, end, names, note, panels, svg
 from integration.report.series import Rounds
 from integration.report.table import MISSING
 
-AT_FLOOR = "#0072B2"
-ABOVE_FLOOR = "#D55E00"
+AT_FLOOR = BLUE
+ABOVE_FLOOR = VERMILION
 
 AT_FLOOR_WITHIN = 1e-5
 """Relative errors this close to the floor are rounding of the float32 factors."""
@@ -144,8 +144,7 @@ def traffic(rules: Mapping[str, Rounds], starts: Mapping[str, float]) -> str:
 
 def times(rules: Mapping[str, Rounds]) -> str:
     """Where a round's time goes: seconds of training, transfer, aggregation and evaluation."""
-    parts = {"training": "#009E73", "transfer": "#CC79A7", "aggregation": "#0072B2"}
-    parts |= {"evaluation": "#B8BEC6"}
+    parts = {"training": GREEN, "transfer": PURPLE, "aggregation": BLUE, "evaluation": GRAY}
     seconds = {
         rule: {part: fmean(entry[f"{part}_ms"] or 0.0 for entry in rounds) / 1e3 for part in parts}
         for rule, rounds in rules.items()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from integration.files import write
-from integration.report import figures, module_figures
+from integration.report import figures, module_figures, palette
 from integration.report.series import Rounds, Run, label, read_run, together
 from integration.report.table import columns
 
@@ -18,30 +18,30 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-  body {{ font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #24292f;
+  body {{ font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: {ink};
          max-width: 1060px; margin: 2.5rem auto; padding: 0 1.25rem; background: #fff; }}
   h1 {{ font-size: 1.65rem; line-height: 1.25; margin: 0 0 .3rem; }}
   h2 {{ font-size: 1.15rem; margin: 2.6rem 0 .3rem; }}
-  p {{ margin: .3rem 0 .9rem; max-width: 46rem; color: #57606a; }}
-  p strong, dd {{ color: #24292f; }}
+  p {{ margin: .3rem 0 .9rem; max-width: 46rem; color: {text}; }}
+  p strong, dd {{ color: {ink}; }}
   dl {{ display: flex; flex-wrap: wrap; gap: 1rem 2.4rem; margin: 1.4rem 0; }}
-  dt {{ font-size: .8rem; color: #6e7781; }}
+  dt {{ font-size: .8rem; color: {muted}; }}
   dd {{ margin: 0; font-size: 1.3rem; font-weight: 600; }}
-  ul {{ margin: .3rem 0 .9rem; padding-left: 1.2rem; color: #57606a; }}
+  ul {{ margin: .3rem 0 .9rem; padding-left: 1.2rem; color: {text}; }}
   .wide {{ overflow-x: auto; }}
   table {{ border-collapse: collapse; width: 100%; font-size: .875rem;
           font-variant-numeric: tabular-nums; }}
-  th, td {{ padding: .45rem .5rem; text-align: right; border-bottom: 1px solid #eaeef2;
+  th, td {{ padding: .45rem .5rem; text-align: right; border-bottom: 1px solid {grid};
             white-space: nowrap; }}
-  th {{ font-size: .82rem; font-weight: 600; color: #6e7781; border-bottom: 2px solid #d0d7de; }}
+  th {{ font-size: .82rem; font-weight: 600; color: {muted}; border-bottom: 2px solid {edge}; }}
   th:first-child, td:first-child {{ text-align: left; }}
   td:first-child {{ font-weight: 600; }}
-  td.best {{ font-weight: 700; background: #eef6fc; }}
+  td.best {{ font-weight: 700; background: {highlight}; }}
   svg {{ width: 100%; height: auto; display: block; }}
   svg.narrow {{ max-width: 760px; }}
   .at {{ color: {at_floor}; font-weight: 600; }}
   .above {{ color: {above_floor}; font-weight: 600; }}
-  footer {{ margin-top: 3rem; font-size: .82rem; color: #6e7781; }}
+  footer {{ margin-top: 3rem; font-size: .82rem; color: {muted}; }}
   code {{ font-size: .92em; }}
 </style>
 <h1>{title}</h1>
@@ -115,6 +115,12 @@ def _page(runs: Sequence[Run]) -> str:
         footer=escape(f"Settings: {where}. {versions}."),
         at_floor=figures.AT_FLOOR,
         above_floor=figures.ABOVE_FLOOR,
+        ink=palette.INK,
+        text=palette.TEXT,
+        muted=palette.MUTED,
+        edge=palette.EDGE,
+        grid=palette.GRID,
+        highlight=palette.HIGHLIGHT,
     )
 
 

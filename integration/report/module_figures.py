@@ -15,7 +15,8 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from integration.report.panels import INK, STYLE, note, panels, svg
+from integration.report.palette import INK
+from integration.report.panels import STYLE, note, panels, svg
 from integration.report.series import Rounds
 
 ROUNDS = 8

@@ -16,30 +16,17 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from integration.report import palette
+from integration.report.palette import MUTED
 from integration.report.series import Rounds
 
-GRAY = "#B8BEC6"
-INK = "#24292F"
-MUTED = "#6E7781"
-
 STYLE = {
-    "font.family": "DejaVu Sans",
+    **palette.STYLE,
     "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": "#D0D7DE",
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
-    "axes.grid": True,
     "axes.grid.axis": "y",
-    "grid.color": "#EAEEF2",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "fedlora_kernels",
 }
 
 PANELS_PER_ROW = 4

@@ -43,6 +43,7 @@ class Topic:
     """Operation -> what happens. Operations that a topic lacks are not asked there."""
 
 
+# The committed results were trained on these very sentences, spelling included.
 TOPICS = (
     Topic(
         "orchard",

@@ -1,19 +1,21 @@
-"""The findings' tables: what their cells are, and that the page shows the committed results."""
+"""Pages from committed results: the cells of their tables, what they show, the page filler."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from integration.report.findings import TABLE, filled
+import integration
+from integration.report import figures, page_filler
+from integration.report.pages import PAGES, filled
+from integration.report.series import read_run
 from integration.report.summary import write_summary
 from integration.rounds.evaluate import Score
 from integration.rounds.records import RoundRecord
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "integration/results"
-PAGE = ROOT / "docs/findings.md"
+RESULTS = Path(integration.__file__).parent / "results"
 
 
 @pytest.fixture
@@ -68,10 +70,22 @@ def test_what_is_not_there_is_an_error(run):
         filled("<!-- table accuracy: other = Run -->\n<!-- end -->", run.parent)
 
 
-def test_the_page_shows_the_committed_results():
-    page = PAGE.read_text()
-    assert TABLE.search(page)
-    assert filled(page, RESULTS) == page, "run python -m integration.report.findings"
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_page_shows_the_committed_results(path):
+    page = path.read_text()
+    assert filled(page) == page, "run python -m integration.report.pages"
+
+
+def test_the_figure_of_the_readme_is_that_of_its_run():
+    """By its texts: the outlines of its letters depend on the version of matplotlib."""
+    (run,) = page_filler.arguments(PAGES[0].read_text(), "quickstart")
+    drawn = (RESULTS / run / "errors.svg").read_text()
+    expected = figures.errors(read_run(RESULTS / run).rules)
+    assert words(drawn) == words(expected), "run python -m integration.report.pages"
+
+
+def words(svg):
+    return re.findall(r"<!-- (.*?) -->", svg)
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/*/")), ids=lambda folder: folder.name)
@@ -83,3 +97,31 @@ def test_committed_summaries_are_those_of_their_rounds(folder, tmp_path):
     start = Score(settings["start_accuracy"], settings["start_loss"])
     again = write_summary(tmp_path, rounds, start)
     assert json.loads((folder / "summary.json").read_text()) == again
+
+
+# ---- the page filler ----------------------------------------------------------------------------
+
+
+def test_only_the_named_marks_are_filled():
+    page = (
+        "a <!-- remark -->\n<!-- one x y -->\nold\n<!-- end -->\n<!-- two z -->\nold\n<!-- end -->b"
+    )
+    one = page_filler.fill(page, {"one": lambda arguments: f"new {arguments}\n"})
+    assert one == page.replace("\nold\n", "\n\nnew x y\n\n", 1)
+    both = {"one": str.upper, "two": str.upper}
+    expected = page.replace("\nold\n", "\n\nX Y\n\n", 1).replace("\nold\n", "\n\nZ\n\n", 1)
+    assert page_filler.fill(page, both) == page_filler.fill(expected, both) == expected
+    assert page_filler.arguments(page, "two") == ["z"]
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("text", r"the page has no mark <!-- one \.\.\. --> or <!-- two \.\.\. -->"),
+        ("<!-- one x -->\nold", "<!-- one x --> lacks its <!-- end -->"),
+        ("<!-- one x -->\n<!-- two y -->\n<!-- end -->", "<!-- one x --> lacks its <!-- end -->"),
+    ],
+)
+def test_a_page_without_its_marks_is_an_error(page, message):
+    with pytest.raises(ValueError, match=message):
+        page_filler.fill(page, {"one": str.upper, "two": str.upper})
