@@ -51,7 +51,7 @@ def test_more_problems_than_there_are_is_an_error():
 def test_unknown_options_and_tasks_are_errors():
     with pytest.raises(TaskError, match="task arithmetic has no option 'levels'; its options: lev"):
         load_task(language(task_options={"levels": 3}))
-    with pytest.raises(TaskError, match="unknown task 'sums'; known: .*stdlib_chapters"):
+    with pytest.raises(TaskError, match=r"unknown task 'sums'; known: .*stdlib_chapters"):
         load_task(language(task="sums"))
 
 
