@@ -13,7 +13,6 @@ import click
 from rich.console import Console
 
 import fedlora_kernels as flk
-from integration.compare import choose
 from integration.compare import compare as compare_rules
 from integration.flower import launch as flower
 from integration.lm_eval import evaluate as lm_eval
@@ -21,6 +20,7 @@ from integration.model.pretrain import RECIPES, Pretraining, pretrain, recipe
 from integration.plan import plan, show
 from integration.report.html import write_report
 from integration.rounds.records import check_folder
+from integration.rounds.rule import choose
 from integration.settings import Settings, SettingsError, from_preset
 from integration.settings.flags import Start, flags_of, run_flags
 from integration.tasks import TaskError

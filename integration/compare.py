@@ -22,43 +22,7 @@ from integration.rounds.loop import FirstRound, run_rounds
 from integration.rounds.records import RoundRecord
 from integration.rounds.server import Server
 from integration.rounds.state import place
-from integration.settings import Settings, SettingsError
-
-
-def choose(settings: Settings, *, explicit: bool) -> tuple[list[flk.Rule], list[str]]:
-    """The rules that the settings allow, and one line for each that is left out.
-
-    Raises SettingsError for an unknown rule, and, where the rules were named by the user
-    (`explicit`), for one that the ranks or `after` rule out.
-    """
-    known = flk.rules.names()
-    if unknown := [name for name in settings.rules if name not in known]:
-        raise SettingsError(f"unknown rule {unknown[0]!r}; known: {', '.join(known)}")
-    chosen: list[flk.Rule] = []
-    dropped: list[str] = []
-    for name in dict.fromkeys(settings.rules):
-        rule = flk.rules.find(name)
-        reason = ""
-        if settings.heterogeneous and not rule.heterogeneous:
-            ranks = ",".join(map(str, settings.ranks))
-            reason = f"{name} needs clients of one rank, found {ranks}; hetlora averages them"
-        elif rule.personal and settings.after == "merge":
-            reason = f"{name} cannot merge: every client keeps its own B"
-        elif settings.method == "vera" and not rule.personal:
-            reason = f"{name} cannot aggregate VeRA vectors; fedsa can"
-        try:
-            made = rule.with_options(settings.options.get(name, {}))
-        except (TypeError, ValueError) as error:
-            raise SettingsError(str(error)) from None
-        if reason and explicit:
-            raise SettingsError(reason)
-        if reason:
-            dropped.append(f"left out: {reason}")
-        else:
-            chosen.append(made)
-    if not chosen:
-        raise SettingsError("no rule is left to compare; " + "; ".join(dropped))
-    return chosen, dropped
+from integration.settings import Settings
 
 
 def compare(

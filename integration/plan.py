@@ -9,6 +9,7 @@ both; memory is an estimate, with its formula beside it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -25,12 +26,16 @@ from integration.model import loading
 from integration.model.model import PREFIX, peft_config
 from integration.rounds.client import Client
 from integration.rounds.partition import participants, partition
-from integration.rounds.server import AVERAGES, trained
+from integration.rounds.rule import make_rule, trained
+from integration.rounds.traffic import traffic
 from integration.settings import Settings, SettingsError
 from integration.tasks import TASKS, LoadedTask, find_task, load_task
 
-FLOAT = 4
-"""Bytes of an adapter's number: PEFT keeps adapters in float32, whatever the base is in."""
+ADAPTERS = torch.float32
+"""PEFT keeps adapters in float32, whatever the base is in."""
+
+FLOAT = ADAPTERS.itemsize
+"""Bytes of an adapter's number."""
 
 ACTIVATIONS = 17
 """Numbers that training keeps per token, layer and unit of width: 34 bytes at 2 bytes each (arXiv
@@ -74,14 +79,25 @@ class Plan:
 
     def adapter(self, rank: int) -> int:
         """Parameters that a client of this rank trains."""
-        modules = self.ranks[rank]
-        return self.head + sum(self.size(name, r, "both") for name, r in modules.items())
+        tensors = self.shapes(self.ranks[rank]).state_dict().values()
+        return sum(tensor.numel() for tensor in tensors)
 
-    def size(self, module: str, rank: int, factors: str) -> int:
-        """Parameters of "both" factors of a module, of "a" or of "b" (VeRA: of its vectors)."""
-        m, n = self.modules[module]
-        a, b = (rank, m) if self.settings.method == "vera" else (rank * n, rank * m)
-        return {"both": a + b, "a": a, "b": b}[factors]
+    def shapes(self, ranks: Mapping[str, int]) -> flk.Adapter:
+        """An adapter of these ranks (module -> rank) whose tensors have shapes and no numbers."""
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=ADAPTERS, device="meta")
+
+        extras = {"head": empty(self.head)} if self.head else {}
+        sizes = {module: (ranks[module], *size) for module, size in self.modules.items()}
+        if self.settings.method == "vera":
+            vera = {module: (empty(m), empty(r)) for module, (r, m, _) in sizes.items()}
+            return flk.Adapter({}, {}, vera=vera, extras=extras)
+        factors = {
+            module: flk.Factors(empty(m, r), empty(r, n), 1.0)
+            for module, (r, m, n) in sizes.items()
+        }
+        return flk.Adapter(factors, {}, extras=extras)
 
 
 def plan(settings: Settings) -> Plan:
@@ -105,7 +121,7 @@ def plan(settings: Settings) -> Plan:
     )
     return replace(
         planned,
-        traffic=tuple(_traffic(planned, flk.rules.find(name)) for name in settings.rules),
+        traffic=tuple(_traffic(planned, make_rule(settings, name)) for name in settings.rules),
         memory=_memory(planned, config, task),
     )
 
@@ -215,39 +231,28 @@ def _shape(
     return config, parameters, modules, ranks, sum(p.numel() for p in own)
 
 
-def _traffic(planned: Plan, rule: type[flk.Rule]) -> Traffic:
-    """What the participants of a round send and receive; a mean where they differ by round."""
-    settings, modules, ranks = planned.settings, planned.modules, planned.ranks
-    numbers = range(1, min(settings.rounds, 20) + 1)
-    head = 0 if rule.personal else FLOAT * planned.head
+def _traffic(planned: Plan, rule: flk.Rule) -> Traffic:
+    """What the participants of a round send and receive; a mean where they differ by round.
 
-    def moving(number: int) -> str:
-        """The factors that change: a fixed one stays where it is (RoLoRA)."""
-        return trained(rule, settings, number) if rule.sends == "both" else rule.sends
-
-    def size(rank: int, module: str, factors: str) -> int:
-        return FLOAT * planned.size(module, rank, factors)
-
-    def received(asked: list[int], module: str, factors: str) -> int:
-        own = [ranks[settings.ranks[k]][module] for k in asked]
-        stacked = sum(own)
-        if rule.receives in ("leading", "own"):
-            return sum(size(rank, module, rule.sends) for rank in own)
-        wide = {"flora": stacked, "florist": min(stacked, *modules[module])}
-        if rule.name == "fedex":  # the averages, and their residual of the stacked rank at most
-            wide["fedex"] = 2 * max(own) + stacked
-        factors = factors if rule.name in AVERAGES else rule.sends
-        return len(asked) * size(wide.get(rule.name, max(own)), module, factors)
-
+    The library's own delivery counts the bytes, of adapters of the real shapes without numbers.
+    """
+    settings = planned.settings
+    clients = {rank: planned.shapes(ranks) for rank, ranks in planned.ranks.items()}
+    heads = "local" if rule.personal else "average"
     up, down = [], []
-    for number in numbers:
-        asked, factors = participants(settings, number), moving(number)
-        heads = len(asked) * head
-        own = [(ranks[settings.ranks[k]][module], module) for k in asked for module in modules]
-        up.append(heads + sum(size(rank, module, factors) for rank, module in own))
-        down.append(heads + sum(received(asked, module, factors) for module in modules))
-    bound = rule.name in ("florist", "fedex")
-    return Traffic(rule.name, round(fmean(up)), round(fmean(down)), bound)
+    for number in range(1, min(settings.rounds, 20) + 1):
+        asked = [settings.ranks[k] for k in participants(settings, number)]
+        widest = {
+            module: rule.widest([planned.ranks[rank][module] for rank in asked], size)
+            for module, size in planned.modules.items()
+        }
+        delivery = flk.Delivery(rule, planned.shapes(widest), heads=heads)
+        sent, received = traffic(
+            delivery, [clients[rank] for rank in asked], trained(rule, settings, number)
+        )
+        up.append(sent)
+        down.append(received)
+    return Traffic(rule.name, round(fmean(up)), round(fmean(down)), rule.bounded)
 
 
 def _memory(planned: Plan, config: Any, task: LoadedTask) -> dict[str, int]:

@@ -6,7 +6,8 @@ import json
 from rich.console import Console
 
 import fedlora_kernels as flk
-from integration.compare import choose, compare
+from integration.compare import compare
+from integration.rounds.rule import choose
 from integration.settings import from_preset
 
 MESSAGES = [

@@ -11,10 +11,10 @@ from rich.console import Console
 
 import fedlora_kernels as flk
 from integration import files
-from integration.compare import choose
 from integration.model.trainer import LocalTrainer
 from integration.rounds.client import Client
 from integration.rounds.federation import Federation
+from integration.rounds.rule import choose
 from integration.rounds.server import Server
 from integration.settings import SettingsError
 

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from miniature import metrics, miniature, run, settings_like
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedlora_kernels as flk
 from integration.model.total import total
@@ -142,7 +143,8 @@ def test_the_learning_rate_over_the_rounds():
 def go(settings, rule, rounds):
     """A server and an engine after some rounds, and what every round's clients gave."""
     made = Federation.build(settings)
-    server = Server(flk.rules.make(rule), made.model, made.clients, settings)
+    options = settings.options.get(rule, {})
+    server = Server(flk.rules.make(rule, **options), made.model, made.clients, settings)
     engine = LocalEngine(made, LocalTrainer(made.model, settings))
     given = []
     for number in range(1, rounds + 1):
@@ -175,6 +177,63 @@ def test_alternating_freezes_one_factor_and_makes_averaging_exact(small):
     assert expected.down == expected.up
     _, _, _, both = go(small(clients=3, rounds=3), "fedit", 3)
     assert both[-1][2].relative_error > 100 * given[-1][2].relative_error
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls of this library's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "fedlora":
+            self.calls[operator._opname] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", flk.rules.names())
+@pytest.mark.parametrize("pattern", [{}, {"v_proj": 2}], ids=["one batch", "two batches"])
+def test_a_round_computes_its_gram_matrices_once(small, rule, pattern):
+    """The rule, the average beside it, the report and the spectra: one pass for each batch."""
+    settings = small(rounds=1, rank_pattern=pattern)
+    made = Federation.build(settings)
+    server = Server(flk.rules.make(rule), made.model, made.clients, settings)
+    updates = LocalEngine(made, LocalTrainer(made.model, settings)).train(server, 1, lambda: None)
+    batches = len({factors.layout for factors in updates[0].adapter.factors.values()})
+    assert batches == 1 + len(pattern)
+    with Counted() as counted:
+        record = server.finish(1, updates, made.evaluate)
+    assert counted.calls["gram_list"] == 2 * batches, "B and A of every batch, once"
+    assert counted.calls["gram"] == 0
+    assert counted.calls["stacked_svd"] == counted.calls["flora_na"] == 0
+    assert all(any(module["spectrum"]) for module in record.modules.values())
+    assert record.averaging_error is not None
+
+
+@pytest.mark.parametrize("rule", flk.rules.names())
+def test_a_plan_moves_the_bytes_of_a_round(small, rule):
+    """Exactly, also of FedEx: the averages of rank r and a residual of the stacked rank R."""
+    settings = small(rounds=1, clients=3, rules=(rule,))
+    *_, ((_, updates, record),) = go(settings, rule, 1)
+    (planned,) = plan(settings).traffic
+    assert planned.up == record.bytes_up
+    if rule == "florist":
+        assert planned.bound
+        assert record.bytes_down <= planned.down
+    else:
+        assert planned.down == record.bytes_down
+    if rule == "fedex":
+        factors = updates[0].adapter.factors.values()
+        parameters = sum(pair.b.shape[0] + pair.a.shape[1] for pair in factors)
+        assert planned.down == 3 * 4 * (4 + 12) * parameters
+
+
+def test_a_residual_that_is_cut_is_planned_so(small):
+    settings = small(rounds=1, rules=("fedex",), options={"fedex": {"residual_rank": 2}})
+    *_, ((*_, record),) = go(settings, "fedex", 1)
+    (planned,) = plan(settings).traffic
+    assert planned.down == record.bytes_down
 
 
 def test_a_client_that_sat_out_starts_from_what_was_sent_last(small):
@@ -246,7 +305,7 @@ def test_vera_clients_share_lambda_d(small):
 
 
 def test_vera_needs_equal_ranks_and_a_rule_that_can():
-    from integration.compare import choose
+    from integration.rounds.rule import choose
 
     with pytest.raises(SettingsError, match="vera needs clients of one rank"):
         miniature(method="vera", ranks=(8, 4))

@@ -12,8 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from integration.__main__ import main
-from integration.compare import choose, compare
+from integration.compare import compare
 from integration.rounds.engine import LocalEngine
+from integration.rounds.rule import choose
 from integration.settings import PRESETS, from_values
 
 pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from miniature import miniature as settings_of
 
+import fedlora_kernels as flk
 import integration
 from integration import tasks
 from integration.__main__ import main
@@ -109,6 +110,37 @@ def test_a_public_name_hides_no_module():
             }
             hidden = children & set(getattr(sys.modules[module], "__all__", ()))
             assert not hidden, f"{module} exports {hidden}"
+
+
+def named(path):
+    """The rules that a file's code names, in identifiers and strings; not its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    words = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words |= set() if id(node) in docstrings else set(re.findall(r"[\w-]+", node.value))
+        elif isinstance(node, (ast.Name, ast.Attribute)):
+            words.add(node.id if isinstance(node, ast.Name) else node.attr)
+    kinds = [flk.rules.find(name) for name in flk.rules.names()]
+    return words & {word for kind in kinds for word in (kind.name, kind.title, kind.__name__)}
+
+
+def test_no_code_names_a_rule():
+    """What is particular to a rule is asked of the rule; presets name the rules of a run."""
+    for path in FILES:
+        assert not named(path), f"{path.relative_to(HOME)} names {named(path)}"
+
+
+def test_a_name_would_be_seen(tmp_path):
+    path = tmp_path / "code.py"
+    lines = ('"""florist"""', 'a = rule.name == "fedex"', 'b = f"{a} flora"', "c = rules.FFA")
+    path.write_text("\n".join(lines))
+    assert named(path) == {"fedex", "flora", "FFA"}
 
 
 BRITISH = re.compile(

@@ -254,7 +254,7 @@ def test_a_damaged_state_says_so(tmp_path):
     with pytest.raises(SettingsError, match=r"florist\.pt cannot be read .*without --resume"):
         state.read_state(path)
     torch.save({"format": 0}, path)
-    with pytest.raises(SettingsError, match="format 0, expected 1"):
+    with pytest.raises(SettingsError, match="format 0, expected 2"):
         state.read_state(path)
 
 

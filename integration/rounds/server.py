@@ -15,26 +15,25 @@ with its own B where the rule is personal.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 
 import fedlora_kernels as flk
-from fedlora_kernels._inspect import inspect
 from integration.model.model import Model
 from integration.model.serialize import Serialized, deserialize, reread, serialize
 from integration.model.total import total
 from integration.rounds.client import Client, Update
 from integration.rounds.evaluate import Score
 from integration.rounds.records import RoundRecord
+from integration.rounds.rule import plain_average, trained
+from integration.rounds.traffic import traffic
 from integration.settings import Settings
 
 SPECTRUM = 16
 """So many singular values of every module are recorded."""
-
-AVERAGES = ("fedit",)
-"""Rules that average each factor by itself, so that a fixed one comes out as it went in."""
 
 Evaluate = Callable[..., Score]
 """(adapters..., client=None) -> score on the test split, or on the client's own test examples."""
@@ -81,23 +80,29 @@ class Server:
         return received if received.vera else received.fit(fresh)
 
     def finish(self, number: int, updates: Sequence[Update], evaluate: Evaluate) -> RoundRecord:
-        """Aggregate the updates of round `number`, evaluate the result, set what comes next."""
+        """Aggregate the updates of round `number`, evaluate the result, set what comes next.
+
+        The rule, the average of the same adapters, the report and the spectra read one
+        `flk.Round`, so each batch of modules has its Gram matrices computed once.
+        """
         weights = [float(update.examples) for update in updates]
         adapters = [update.adapter for update in updates]
         begun = self._now()
-        result = flk.aggregate(adapters, rule=self.rule, weights=weights)
+        round_ = flk.Round(adapters, weights=weights)
+        result = round_.aggregate(self.rule)
         aggregated = self._now()
         average = None
         if not self._settings.heterogeneous and not adapters[0].vera:
-            average = flk.aggregate(adapters, rule="fedit", weights=weights)
-        spectra = _spectra(adapters, weights)
+            plain = plain_average()
+            average = result if self.rule == plain else round_.aggregate(plain)
+        report = result.report
+        averaging = None if average is None else average.report
+        spectra = _spectra(round_)
         due = number % self._settings.evaluate_every == 0 or number == self._settings.rounds
         compared = perf_counter()
         scores = self._scores(result, average, updates, evaluate) if due else {}
         evaluated = perf_counter()
-        report = result.report
-        up, down = self._traffic(number, result, adapters)
-        averaging = None if average is None else average.report
+        up, down = traffic(result.delivery, adapters, self.trains(number))
         record = RoundRecord(
             rule=self.rule.name,
             seed=self._settings.seed,
@@ -125,26 +130,8 @@ class Server:
             },
             **scores,
         )
-        self._go_on(result, updates)
+        self._go_on(result.delivery, updates)
         return record
-
-    def _traffic(
-        self, number: int, result: flk.Aggregation, adapters: Sequence[flk.Adapter]
-    ) -> tuple[int, int]:
-        """Bytes of the round up from its clients and down to them.
-
-        A factor that the clients held fixed is the one that they were sent: it does not go up, and
-        not down again where it is averaged with itself. What is merged counts once for each client
-        of the round; those that sat it out are sent it when they come back, which no round counts.
-        """
-        up, down = sum(result.bytes_up), sum(result.bytes_down)
-        trains = self.trains(number)
-        if trains != "both" and self.rule.sends == "both":
-            fixed = "b" if trains == "a" else "a"
-            up -= sum(_bytes(adapter, fixed) for adapter in adapters)
-            if self.rule.name in AVERAGES:
-                down -= len(adapters) * _bytes(result.adapter, fixed)
-        return up, down
 
     def _now(self) -> float:
         """Seconds, after what a GPU was asked to do is done."""
@@ -172,8 +159,9 @@ class Server:
             loss = sum(score.loss for score in scores) / len(scores)
             whole = None if average is None else evaluate(average.adapter)
         else:
-            models = [(client, [result.adapter, *_residual(result)]) for _, client in tested]
-            whole = evaluate(*models[0][1])
+            sent = [result.adapter, *_residual(result.delivery)]
+            models = [(client, sent) for _, client in tested]
+            whole = evaluate(*sent)
             accuracy, loss = whole.accuracy, whole.loss
         own = {c.number: evaluate(*adapters, client=c) for c, adapters in models if c.tests}
         return {
@@ -183,30 +171,25 @@ class Server:
             "client_accuracy": {str(number): score.accuracy for number, score in own.items()},
         }
 
-    def _go_on(self, result: flk.Aggregation, updates: Sequence[Update]) -> None:
+    def _go_on(self, delivery: flk.Delivery, updates: Sequence[Update]) -> None:
         """Set what the clients of the next round start from."""
         after = self._settings.after or self.rule.after
-        residual = _residual(result)
+        residual = _residual(delivery)
         self._fitted.clear()
         if self.rule.personal:
             self.own |= {update.client: reread(update.adapter) for update in updates}
         if after == "merge" and (self._settings.after or not residual):
-            self._merge(result.adapter, *residual)
-            heads = result.adapter.extras
-            self._sent = self._resent(_empty(result.adapter)) if heads else None
+            self._merge(delivery.adapter, *residual)
+            heads = delivery.adapter.extras
+            self._sent = _reread(delivery, _empty(delivery.adapter)) if heads else None
         else:
             self._merge(*residual)
-            self._sent = self._resent(result.adapter)
+            self._sent = _reread(delivery, delivery.adapter)
 
     def _merge(self, *adapters: flk.Adapter) -> None:
         for adapter in map(reread, adapters):
             self._model.merge(adapter)
             self.merged.append(adapter)
-
-    def _resent(self, adapter: flk.Adapter) -> flk.Delivery:
-        """What is sent, as it reads from a file, so that a run goes on with the same bits."""
-        heads = "local" if self.rule.personal else "average"
-        return flk.Delivery(self.rule, reread(adapter), None, heads)
 
     # ---- the end, and a state in between -------------------------------------------------------
 
@@ -228,8 +211,9 @@ class Server:
 
     def state(self) -> dict[str, Any]:
         """Everything that the next round needs, as plain tensors and JSON types."""
+        sent = self._sent
         return {
-            "sent": None if self._sent is None else serialize(self._sent.adapter),
+            "sent": None if sent is None else {**serialize(sent.adapter), "heads": sent.heads},
             "own": {number: serialize(adapter) for number, adapter in self.own.items()},
             "merged": [serialize(adapter) for adapter in self.merged],
         }
@@ -242,37 +226,35 @@ class Server:
 
         self._model.restore()
         self._fitted.clear()
-        self._sent = None if state["sent"] is None else self._resent(here(state["sent"]))
+        sent = state["sent"]
+        self._sent = None
+        if sent is not None:
+            self._sent = flk.Delivery(self.rule, here(sent), heads=sent["heads"])
         self.own = {number: here(serialized) for number, serialized in state["own"].items()}
         self.merged = [here(serialized) for serialized in state["merged"]]
         self._model.merge(*self.merged)
 
 
-def trained(rule: flk.Rule | type[flk.Rule], settings: Settings, number: int) -> str:
-    """The factors that the clients of a rule train in round `number`: "both", "a" or "b"."""
-    if rule.trains == "both" and settings.freeze == "alternate":
-        return "b" if number % 2 else "a"
-    return rule.trains
-
-
-def _bytes(adapter: flk.Adapter, side: str) -> int:
-    """Of one factor of every module, "a" or "b"."""
-    return sum(getattr(factors, side).nbytes for factors in adapter.factors.values())
-
-
-def _spectra(adapters: Sequence[flk.Adapter], weights: Sequence[float]) -> dict[str, list[float]]:
+def _spectra(round_: flk.Round) -> dict[str, list[float]]:
     """The leading singular values of every module's ideal update, six digits; none of VeRA's."""
-    if adapters[0].vera:
+    if round_.clients[0].vera:
         return {}
-    found = inspect(adapters, weights=weights).modules
+    found = round_.inspect().modules
     return {
         name: [float(f"{value:.6g}") for value in module.sigma[:SPECTRUM]]
         for name, module in found.items()
     }
 
 
-def _residual(result: flk.Aggregation) -> list[flk.Adapter]:
-    return [] if result.residual is None else [result.residual]
+def _residual(delivery: flk.Delivery) -> list[flk.Adapter]:
+    return [] if delivery.residual is None else [delivery.residual]
+
+
+def _reread(delivery: flk.Delivery, adapter: flk.Adapter) -> flk.Delivery:
+    """The delivery of this adapter as it reads from a file, so that a run that goes on has the same
+    bits. A residual is in the base by now.
+    """
+    return replace(delivery, adapter=reread(adapter), residual=None)
 
 
 def _empty(adapter: flk.Adapter) -> flk.Adapter:

@@ -19,7 +19,7 @@ from integration import files
 from integration.rounds.records import RoundRecord
 from integration.settings import SettingsError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def place(out: Path, rule: str, seed: int) -> Path:

@@ -10,6 +10,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedlora_kernels import rules
+
+ENERGY_RULES = [kind for kind in map(rules.find, rules.names()) if "energy" in kind.options()]
+"""The rules whose option `energy` the flag of that name sets."""
+
 
 class SettingsError(ValueError):
     """A setting that cannot work; the message is one line and says what would."""

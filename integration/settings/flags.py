@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 import click
 
-from integration.settings.fields import Settings, SettingsError, about, setting
+from integration.settings.fields import ENERGY_RULES, Settings, SettingsError, about, setting
 
 LISTS = {"rules": str, "ranks": int, "target_modules": str}
 """Settings that are lists, and the type of their entries."""
@@ -54,7 +54,7 @@ def run_flags(out: str, *, hidden: str = "") -> Callable[[click.Command], click.
     """Give a command f(start, changes, its own flags...) the flags of a run.
 
     The command gets a flag for every field of Start, every setting that is no table, and `energy`
-    (FLoRIST's option). `out` is the default of --out. `changes` has the settings' flags, None for
+    (an option of rules). `out` is the default of --out. `changes` has the settings' flags, None for
     those that were not given. The flag of the setting `hidden` is not in the help.
     """
 
@@ -121,7 +121,8 @@ def flags_of(kind: type, *, defaults: dict[str, Any] | None = None) -> Iterator[
 
 
 def _energy() -> click.Option:
-    return click.Option(["--energy"], type=float, help="Energy that FLoRIST keeps, in (0, 1].")
+    told = [f"{kind.title}: {kind.options()['energy'].help}." for kind in ENERGY_RULES]
+    return click.Option(["--energy"], type=float, help=" ".join(told))
 
 
 def _plain(hint: Any) -> type | None:

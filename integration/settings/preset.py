@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from integration.settings.fields import Settings, SettingsError
+from integration.settings.fields import ENERGY_RULES, Settings, SettingsError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,8 +22,9 @@ def from_preset(preset: str, **changes: Any) -> Settings:
     """Read `presets/<preset>.toml` (or the file that `preset` names) and apply what is not None.
 
     `ranks` of one number is every client's rank. More numbers than one set the number of clients,
-    unless `clients` is given as well. `energy` is florist's option. Of `steps` and `epochs` the one
-    that is given replaces the other. Raises SettingsError for whatever cannot work.
+    unless `clients` is given as well. `energy` is given to every rule that has an option of this
+    name. Of `steps` and `epochs` the one that is given replaces the other. Raises SettingsError for
+    whatever cannot work.
     """
     path = Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     try:
@@ -44,8 +45,10 @@ def from_preset(preset: str, **changes: Any) -> Settings:
         changes.setdefault("init", "random")
     values |= changes
     if energy is not None:
-        options = values.get("options", {})
-        values["options"] = options | {"florist": options.get("florist", {}) | {"energy": energy}}
+        options = dict(values.get("options", {}))
+        for rule in ENERGY_RULES:
+            options[rule.name] = options.get(rule.name, {}) | {"energy": energy}
+        values["options"] = options
     return from_values(values, f"preset {path}")
 
 
@@ -86,9 +89,9 @@ def _check(settings: Settings) -> None:
             raise SettingsError(f"{f.name} must be {' or '.join(words)}, found {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingsError(f"{f.name} must be finite, found {value}")
-    energy = settings.options.get("florist", {}).get("energy", 1.0)
-    if not 0 < energy <= 1:
-        raise SettingsError(f"energy must be above 0 and at most 1, found {energy}")
+    for options in settings.options.values():
+        if not 0 < options.get("energy", 1.0) <= 1:
+            raise SettingsError(f"energy must be above 0 and at most 1, found {options['energy']}")
     if settings.participation > 1:
         raise SettingsError(f"participation must be at most 1, found {settings.participation}")
     if (settings.steps is None) == (settings.epochs is None):
