@@ -209,7 +209,7 @@ def test_named_rules_that_cannot_run_are_errors():
         choose(miniature(rules=("fedit",), ranks=(4, 2)), explicit=True)
     with pytest.raises(SettingsError, match="fedsa cannot merge"):
         choose(miniature(rules=("fedsa",), after="merge"), explicit=True)
-    with pytest.raises(SettingsError, match="unknown rule 'fedavg'; known: fedit, ffa"):
+    with pytest.raises(SettingsError, match=r"unknown rule 'fedavg'; known: fedit, .*ffa"):
         choose(miniature(rules=("fedavg",)), explicit=True)
 
 
