@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import flows
 from fedlora_kernels.bench import inputs, results
 from fedlora_kernels.bench.device import Device
 from fedlora_kernels.bench.inputs import Stacks
@@ -20,12 +21,23 @@ from fedlora_kernels.bench.shapes import Case
 Compare = Callable[[Comparison], list[Row]]
 Drawn = Callable[[Case], Stacks]
 
+_ROWS = pytest.StashKey[list[Row]]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fedlora")
     group.addoption("--results", type=Path, help="folder to write <device>/<stage>.json to")
     group.addoption("--device", default="cpu", help="torch device to measure on")
     group.addoption("--threads", type=int, default=2, help="CPU threads")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Each flow's share of its peers' time, which pytest-benchmark's table does not show."""
+    rows = config.stash.get(_ROWS, [])
+    for line in flows.ratios([row for row in rows if row.stage == "flows"]):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +58,7 @@ def collected(
     """The suite's rows, written when its last test is done."""
     rows: list[Row] = []
     yield rows
+    request.config.stash.setdefault(_ROWS, []).extend(rows)
     folder = request.config.getoption("--results")
     if folder is not None and rows:
         results.write(folder, device, results.of_rows(rows[0].stage, device, roofline, rows))

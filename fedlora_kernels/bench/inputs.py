@@ -41,6 +41,8 @@ FAMILIES = {
     "drifted": Family(drift=0.7, common=0.0, own=1.0, decay=0.95),
     # Clients of very different size, where FedIT's mean is a poor start.
     "unbalanced": Family(drift=0.3, common=0.5, own=1.0, decay=0.9, imbalance=16.0),
+    # FFA-LoRA's clients never train A.
+    "fixed_a": Family(drift=0.0, common=1.0, own=0.5, decay=0.78),
     "flipped": Family(drift=0.1, common=1.0, own=0.5, decay=0.78, flipped=True),
 }
 # Trained B are small beside A_0: about 1e-2 after a round at learning rate 3e-4.

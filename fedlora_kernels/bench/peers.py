@@ -48,15 +48,19 @@ def three_svds(stacks: Stacks, energy: float, max_rank: int | None) -> list[Pair
 
 def qr_core(stacks: Stacks, energy: float, max_rank: int | None) -> list[Pair]:
     """B = Q_B R_B, (D A)^T = Q_A R_A, core R_B R_A^T = U S V^T, cut at p."""
-    pairs = []
-    for module in range(stacks.case.modules):
-        b, a = _stacked(stacks, module)
-        basis_b, upper_b = torch.linalg.qr(b)
-        basis_a, upper_a = torch.linalg.qr(a.mT)
-        left, values, right = torch.linalg.svd(upper_b @ upper_a.mT, full_matrices=False)
-        p = _rank(values, energy, max_rank)
-        pairs.append((basis_b @ (left[:, :p] * values[:p]), right[:p] @ basis_a.mT))
-    return pairs
+    return [
+        qr_factors(*_stacked(stacks, module), energy, max_rank)
+        for module in range(stacks.case.modules)
+    ]
+
+
+def qr_factors(b: Tensor, a: Tensor, energy: float, max_rank: int | None) -> Pair:
+    """The same of one module's stacks B and D A."""
+    basis_b, upper_b = torch.linalg.qr(b)
+    basis_a, upper_a = torch.linalg.qr(a.mT)
+    left, values, right = torch.linalg.svd(upper_b @ upper_a.mT, full_matrices=False)
+    p = _rank(values, energy, max_rank)
+    return basis_b @ (left[:, :p] * values[:p]), right[:p] @ basis_a.mT
 
 
 def dense_svd(stacks: Stacks, energy: float, max_rank: int | None) -> list[Pair]:

@@ -4,7 +4,7 @@ A weight is m x n = out x in. Grouped-query attention makes k_proj and v_proj na
 the longest sides.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,10 @@ MODELS: dict[str, dict[str, tuple[int, int]]] = {
         "intermediate": (4096, 1024),
         "output": (1024, 4096),
     },
+    "all-MiniLM-L6-v2": {
+        "query": (384, 384),
+        "value": (384, 384),
+    },
 }
 """model -> module -> (m, n), from the models' published configurations."""
 
@@ -48,6 +52,7 @@ LAYERS = {
     "Llama-2-7B": 32,
     "Llama-3-8B": 32,
     "RoBERTa-large": 24,
+    "all-MiniLM-L6-v2": 6,
 }
 """How many modules of each kind a model has."""
 
@@ -76,6 +81,22 @@ class Case:
     seed: int = 0
     size: tuple[int, int] | None = None
     """(m, n) where it is not a model's"""
+    beside: tuple[str, ...] = ()
+    """more kinds of modules in the same round, as many layers of each"""
+
+    @property
+    def parts(self) -> "tuple[Case, ...]":
+        """One case per kind of module, with factors of their own."""
+        kinds = (self.module, *self.beside)
+        return tuple(
+            replace(self, module=kind, beside=(), seed=self.seed + index)
+            for index, kind in enumerate(kinds)
+        )
+
+    @property
+    def kinds(self) -> str:
+        """q_proj + v_proj"""
+        return " + ".join((self.module, *self.beside))
 
     @property
     def m(self) -> int:
@@ -105,8 +126,9 @@ class Case:
         return ",".join(str(rank) for rank in self.ranks)
 
     def __str__(self) -> str:
+        sizes = dict.fromkeys(f"{part.m}x{part.n}" for part in self.parts)
         text = (
-            f"{self.model} {self.module} {self.modules} x {self.m}x{self.n}, "
+            f"{self.model} {self.kinds} {self.modules} x {' + '.join(sizes)}, "
             f"{self.rank_text}, {NAMES[self.dtype]}"
         )
         return text if self.family == "shared_start" else f"{text}, {self.family}"

@@ -35,7 +35,8 @@ def inputs(row: Row) -> str:
     """What a row was measured on: 8 modules 4096 x 4096, clients 8 x 16, fp32."""
     modules = "1 module" if row.modules == 1 else f"{row.modules} modules"
     family = "" if row.family == "shared_start" else f", {row.family}"
-    return f"{modules} {row.m} x {row.n}, clients {row.ranks}, {row.dtype}{family}"
+    size = f"{row.m} x {row.n}" if "+" not in row.module else f"of {row.model} ({row.module})"
+    return f"{modules} {size}, clients {row.ranks}, {row.dtype}{family}"
 
 
 def duration(seconds: float) -> str:
