@@ -12,7 +12,10 @@ still succeeds; the names that need torch then raise an ImportError that says so
 
 from typing import TYPE_CHECKING
 
+from fedlora_kernels import rules
+from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.backend import Backend, backend, backends
+from fedlora_kernels.rules import Rule
 
 try:
     import torch as _torch  # noqa: F401 - only asked for
@@ -23,11 +26,14 @@ else:
 
 if TYPE_CHECKING or _HAS_TORCH:
     from fedlora_kernels import ops  # registers torch.ops.fedlora
-    from fedlora_kernels.adapter import Adapter
-    from fedlora_kernels.aggregate import Aggregation, aggregate
-    from fedlora_kernels.factors import AdapterError, Factors
-    from fedlora_kernels.report import ModuleReport, Report
-    from fedlora_kernels.rules import Rule, rules
+    from fedlora_kernels._aggregate import aggregate
+    from fedlora_kernels._aggregation import Aggregation
+    from fedlora_kernels._delivery import Delivery
+    from fedlora_kernels._inspect import Inspection, inspect
+    from fedlora_kernels._round import Round
+    from fedlora_kernels.adapters.adapter import Adapter
+    from fedlora_kernels.adapters.factors import Factors
+    from fedlora_kernels.gram_space.report import ModuleReport, Report
 
 __version__ = "0.1.0"
 
@@ -36,13 +42,17 @@ __all__ = [
     "AdapterError",
     "Aggregation",
     "Backend",
+    "Delivery",
     "Factors",
+    "Inspection",
     "ModuleReport",
     "Report",
+    "Round",
     "Rule",
     "aggregate",
     "backend",
     "backends",
+    "inspect",
     "ops",
     "rules",
 ]

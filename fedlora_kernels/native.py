@@ -1,4 +1,4 @@
-"""Finding and loading what was compiled: torch's kernels, the numpy module, and OpenBLAS for both.
+"""Finding and loading what was compiled: torch's kernels, the numpy module, and their OpenBLAS.
 
 The libraries lie beside the compiled numpy module: in this package's folder, or in site-packages
 when an editable installation keeps the sources elsewhere. ``FEDLORA_LIBRARIES`` names a folder that
@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+_WITH_OPENBLAS = ("fedlora_cpu", "fedlora_cuda_emulated")  # the CUDA library needs none
 _TORCH = (2, 10)  # the first with the stable ABI the kernels are built on
 
 
@@ -20,7 +21,7 @@ def missing(name: str) -> str:
     """Why a library of compiled kernels cannot be loaded here, or nothing."""
     if library(name) is None:
         return f"lib{name}.so was not built with this installation"
-    if find_spec("scipy_openblas64") is None:
+    if name in _WITH_OPENBLAS and find_spec("scipy_openblas64") is None:
         return "scipy-openblas64 is not installed"
     try:
         found = version("torch")
@@ -51,7 +52,8 @@ def load(name: str) -> None:
     """
     import torch
 
-    load_openblas()
+    if name in _WITH_OPENBLAS:
+        load_openblas()
     torch.ops.load_library(str(library(name)))
 
 

@@ -41,13 +41,13 @@ def choose(settings: Settings, *, explicit: bool) -> tuple[list[flk.Rule], list[
     Raises SettingsError for an unknown rule, and, where the rules were named by the user
     (`explicit`), for one that the ranks or `after` rule out.
     """
-    known = flk.rules()
+    known = flk.rules.names()
     if unknown := [name for name in settings.rules if name not in known]:
         raise SettingsError(f"unknown rule {unknown[0]!r}; known: {', '.join(known)}")
     chosen: list[flk.Rule] = []
     dropped: list[str] = []
     for name in dict.fromkeys(settings.rules):
-        rule = known[name]
+        rule = flk.rules.find(name)
         reason = ""
         if settings.heterogeneous and not rule.heterogeneous:
             ranks = ",".join(map(str, settings.ranks))
@@ -57,15 +57,15 @@ def choose(settings: Settings, *, explicit: bool) -> tuple[list[flk.Rule], list[
         elif settings.method == "vera" and not rule.personal:
             reason = f"{name} cannot aggregate VeRA vectors; fedsa can"
         try:
-            rule.check_options(settings.options.get(name, {}))
-        except TypeError as error:
+            made = rule.with_options(settings.options.get(name, {}))
+        except (TypeError, ValueError) as error:
             raise SettingsError(str(error)) from None
         if reason and explicit:
             raise SettingsError(reason)
         if reason:
             dropped.append(f"left out: {reason}")
         else:
-            chosen.append(rule)
+            chosen.append(made)
     if not chosen:
         raise SettingsError("no rule is left to compare; " + "; ".join(dropped))
     return chosen, dropped
@@ -163,7 +163,7 @@ def _tell(
     bars.update(bar, completed=_steps(federation, len(rounds)))
     last = rounds[-1]
     if last.accuracy is not None:
-        title = flk.rules()[last.rule].title
+        title = flk.rules.find(last.rule).title
         bars.update(bar, description=f"{title} {last.accuracy:.3f}")
 
 

@@ -59,7 +59,7 @@ def _table(name: str, rules: Sequence[str], runs: Mapping[str, Path]) -> Iterato
     columns = [_summary(run) for run in runs.values()]
     for rule in rules or dict.fromkeys(rule for column in columns for rule in column):
         cells = (CELLS[name](column[rule]) if rule in column else "" for column in columns)
-        yield f"| {flk.rules()[rule].title} | " + " | ".join(cells) + " |"
+        yield f"| {flk.rules.find(rule).title} | " + " | ".join(cells) + " |"
     if name in ("accuracy", "loss"):
         begun = (json.loads((run / "settings.json").read_text()) for run in runs.values())
         yield "| *start* | " + " | ".join(f"{x[f'start_{name}']:.3f}" for x in begun) + " |"

@@ -109,7 +109,7 @@ def plan(settings: Settings) -> Plan:
     )
     return replace(
         planned,
-        traffic=tuple(_traffic(planned, flk.rules()[name]) for name in settings.rules),
+        traffic=tuple(_traffic(planned, flk.rules.find(name)) for name in settings.rules),
         memory=_memory(planned, config, task),
     )
 
@@ -217,7 +217,7 @@ def _shape(
     return config, parameters, modules, ranks, sum(p.numel() for p in own)
 
 
-def _traffic(planned: Plan, rule: flk.Rule) -> Traffic:
+def _traffic(planned: Plan, rule: type[flk.Rule]) -> Traffic:
     """What the participants of a round send and receive; a mean where they differ by round."""
     settings, modules, ranks = planned.settings, planned.modules, planned.ranks
     numbers = range(1, min(settings.rounds, 20) + 1)

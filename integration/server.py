@@ -15,14 +15,13 @@ with its own B where the rule is personal.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 
 import fedlora_kernels as flk
-from fedlora_kernels.inspection import inspect
+from fedlora_kernels._inspect import inspect
 from integration.client import Client, Update
 from integration.judge import Score
 from integration.model import Model
@@ -51,7 +50,7 @@ class Server:
         self.rule = rule
         self.own: dict[int, flk.Adapter] = {}
         self.merged: list[flk.Adapter] = []
-        self._sent: flk.Aggregation | None = None
+        self._sent: flk.Delivery | None = None
         self._model = model
         self._clients = clients
         self._settings = settings
@@ -78,16 +77,15 @@ class Server:
         if not self._sent.adapter.state_dict().keys() - self._sent.adapter.extras.keys():
             return flk.Adapter(fresh.factors, fresh.config, extras=self._sent.adapter.extras)
         own = self.own.get(client.number, fresh)
-        received = replace(self._sent, clients=[own]).client_adapter(0)
+        received = self._sent.received(own)
         return received if received.vera else received.fit(fresh)
 
     def finish(self, number: int, updates: Sequence[Update], judge: Judge) -> Round:
         """Aggregate the updates of round `number`, judge the result, set what comes next."""
         weights = [float(update.examples) for update in updates]
         adapters = [update.adapter for update in updates]
-        options = self._settings.options.get(self.rule.name, {})
         begun = self._now()
-        result = flk.aggregate(adapters, rule=self.rule.name, weights=weights, **options)
+        result = flk.aggregate(adapters, rule=self.rule, weights=weights)
         aggregated = self._now()
         average = None
         if not self._settings.heterogeneous and not adapters[0].vera:
@@ -205,10 +203,10 @@ class Server:
             self._model.merge(adapter)
             self.merged.append(adapter)
 
-    def _resent(self, adapter: flk.Adapter) -> flk.Aggregation:
+    def _resent(self, adapter: flk.Adapter) -> flk.Delivery:
         """What is sent, as it reads from a file, so that a run goes on with the same bits."""
         heads = "local" if self.rule.personal else "average"
-        return flk.Aggregation(self.rule, repacked(adapter), None, flk.Report(), [], [], heads)
+        return flk.Delivery(self.rule, repacked(adapter), None, heads)
 
     # ---- the end, and a state in between -------------------------------------------------------
 
@@ -250,7 +248,7 @@ class Server:
         self._model.merge(*self.merged)
 
 
-def trained(rule: flk.Rule, settings: Settings, number: int) -> str:
+def trained(rule: flk.Rule | type[flk.Rule], settings: Settings, number: int) -> str:
     """The factors that the clients of a rule train in round `number`: "both", "a" or "b"."""
     if rule.trains == "both" and settings.freeze == "alternate":
         return "b" if number % 2 else "a"

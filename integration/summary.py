@@ -96,7 +96,7 @@ def _scores(rule: str, last: Sequence[Round]) -> dict[str, list[float]]:
     if all(entry.client_accuracy for entry in last):
         scores["client_accuracy"] = [fmean(entry.client_accuracy.values()) for entry in last]
         whole = [entry.global_accuracy for entry in last if entry.global_accuracy is not None]
-        if flk.rules()[rule].personal and len(whole) == len(last):
+        if flk.rules.find(rule).personal and len(whole) == len(last):
             scores["global_accuracy"] = whole
     return scores
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 import fedlora_kernels as flk
-from fedlora_kernels import ops, peft_format
+from fedlora_kernels import ops
+from fedlora_kernels.adapters import peft_format
 
 
 def total(adapters: Sequence[flk.Adapter]) -> flk.Adapter:

@@ -368,3 +368,25 @@ def case_id(case: tuple[str, torch.dtype]) -> str:
     """Readable id of a case: independent-L3-m37-n53-r5.5.5.5-float32."""
     name, dtype = case
     return f"{FAMILIES[name].id}-{str(dtype).removeprefix('torch.')}"
+
+
+Shape = tuple[int, int, int]
+"""m, n and the rank of each of two clients."""
+
+CANCELLED: tuple[Shape, ...] = ((37, 53, 6), (19, 29, 12), (31, 17, 10), (90, 81, 36), (9, 7, 1))
+"""Smaller and larger than the stack, and on both sides of the rank where solvers change."""
+
+EXACT_AND_ROUNDED = ((0.5, 0.5), (0.3, 3 * 0.1))
+"""Two clients' shares of D: equal, and equal up to rounding."""
+
+
+def cancelling(
+    dtype: torch.dtype, shape: Shape, weights: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """b, a and scale of two modules whose two clients hold (B, A) and (-B, A)."""
+    m, n, rank = shape
+    generator = torch.Generator().manual_seed(m * n + rank)
+    b = normal(generator, 2, m, rank).to(dtype)
+    a = normal(generator, 2, rank, n).to(dtype)
+    scale = torch.tensor(weights, dtype=torch.float64).repeat_interleave(rank).repeat(2, 1)
+    return torch.cat([b, -b], dim=2), torch.cat([a, a], dim=1), scale

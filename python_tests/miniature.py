@@ -42,7 +42,7 @@ def language(**changes):
 def run(out, settings, rules=None, **options):
     """The summary, and the lines of metrics.jsonl by rule."""
     chosen, _ = choose(settings, explicit=False)
-    chosen = [flk.rules()[name] for name in rules] if rules else chosen
+    chosen = [flk.rules.make(name) for name in rules] if rules else chosen
     summary = compare(settings, chosen, out, Console(quiet=True), **options)
     return summary, metrics(out)
 
@@ -50,7 +50,7 @@ def run(out, settings, rules=None, **options):
 def metrics(out):
     """The lines of metrics.jsonl by rule."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {name: [x for x in lines if x["rule"] == name] for name in flk.rules()}
+    return {name: [x for x in lines if x["rule"] == name] for name in flk.rules.names()}
 
 
 def timeless(lines):

@@ -49,11 +49,11 @@ def test_no_clients() -> None:
 
 
 def test_unknown_rule_lists_the_rules(sites: list[str]) -> None:
-    words = "unknown rule 'fedavg'.*" + ".*".join(flk.rules())
+    words = "unknown rule 'fedavg'.*" + ".*".join(flk.rules.names())
     assert_refused(sites, words, error=ValueError, rule="fedavg")
 
 
-@pytest.mark.parametrize("rule", flk.rules())
+@pytest.mark.parametrize("rule", flk.rules.names())
 def test_unknown_option_lists_the_options(rule: str, sites: list[str]) -> None:
     words = rf"rule '{rule}' has no option 'temperature'; its options: "
     assert_refused(sites, words, error=TypeError, rule=rule, temperature=1.0)
@@ -107,7 +107,7 @@ def test_an_aggregate_that_its_dtype_cannot_hold(
     assert_ideal(round_.aggregate(rule, **PRODUCT_RULES[rule], dtype=torch.float64), round_)
 
 
-@pytest.mark.parametrize("rule", flk.rules())
+@pytest.mark.parametrize("rule", flk.rules.names())
 def test_a_scaling_whose_square_no_float64_holds(rule: str) -> None:
     """It would make norms infinite or NaN, and every rank zero."""
     round_ = draw(alphas=(8, 1e200, 8), common_a=True)

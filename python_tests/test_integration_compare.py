@@ -203,7 +203,7 @@ def one_round(federation, name, after):
     """A server after its first round, and the adapters that it aggregated."""
     made, trainer = federation
     settings = settings_like(made.settings, after=after)
-    server = Server(flk.rules()[name], made.model, made.clients, settings)
+    server = Server(flk.rules.make(name), made.model, made.clients, settings)
     updates = [
         client.train(
             made.model,

@@ -142,7 +142,7 @@ def test_the_learning_rate_over_the_rounds():
 def go(settings, rule, rounds):
     """A server and an engine after some rounds, and what every round's clients gave."""
     made = Federation.build(settings)
-    server = Server(flk.rules()[rule], made.model, made.clients, settings)
+    server = Server(flk.rules.make(rule), made.model, made.clients, settings)
     engine = LocalEngine(made, LocalTrainer(made.model, settings))
     given = []
     for number in range(1, rounds + 1):
@@ -283,7 +283,7 @@ def test_a_restored_server_sends_the_same_bits(small, tmp_path, rule, changes):
     base = made.model.base()
     write_state(tmp_path / "state.pt", [], server.state(), engine.state())
     _, of_server, of_engine = read_state(tmp_path / "state.pt")
-    again = Server(flk.rules()[rule], made.model, made.clients, settings)
+    again = Server(flk.rules.make(rule), made.model, made.clients, settings)
     again.restore(of_server)
     fresh = LocalEngine(made, LocalTrainer(made.model, settings))
     fresh.restore(of_engine)

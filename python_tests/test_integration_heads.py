@@ -74,7 +74,7 @@ def test_a_trained_head_learns_pairs(pairs):
 def test_heads_travel_with_every_rule(pairs, tmp_path, rule, after):
     """Averaged, also where the factors are merged and start afresh; FedSA's stay at home."""
     made = Federation.build(settings_like(pairs, after=after))
-    server = Server(flk.rules()[rule], made.model, made.clients, made.settings)
+    server = Server(flk.rules.make(rule), made.model, made.clients, made.settings)
     engine = LocalEngine(made, LocalTrainer(made.model, made.settings))
     updates = engine.train(server, 1, lambda: None)
     record = server.finish(1, updates, made.judge)

@@ -229,7 +229,27 @@ def test_openblas_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if name == "scipy_openblas64" else find_spec(name)
 
     monkeypatch.setattr(native, "find_spec", hidden)
-    assert native.missing("fedlora_cpu") == "scipy-openblas64 is not installed"
+    monkeypatch.setattr(native, "library", lambda name: Path(f"lib{name}.so"))
+    for linked in ("fedlora_cpu", "fedlora_cuda_emulated"):
+        assert native.missing(linked) == "scipy-openblas64 is not installed"
+    assert native.missing("fedlora_cuda") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("fedlora_cpu", 1), ("fedlora_cuda_emulated", 1), ("fedlora_cuda", 0)]
+)
+def test_openblas_is_loaded_for_what_is_linked_with_it(
+    name: str, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = {"openblas": 0, "torch": 0}
+    monkeypatch.setattr(
+        native, "load_openblas", lambda: loaded.update(openblas=loaded["openblas"] + 1)
+    )
+    monkeypatch.setattr(
+        torch.ops, "load_library", lambda path: loaded.update(torch=loaded["torch"] + 1)
+    )
+    native.load(name)
+    assert loaded == {"openblas": asked, "torch": 1}
 
 
 @pytest.mark.parametrize(

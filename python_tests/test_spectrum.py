@@ -13,7 +13,17 @@ from assertions import (
     poisoned_memory,
     strided_in_nan,
 )
-from matrices import CASES, DEVICE, FAMILIES, Batch, case_id
+from matrices import (
+    CANCELLED,
+    CASES,
+    DEVICE,
+    EXACT_AND_ROUNDED,
+    FAMILIES,
+    Batch,
+    Shape,
+    cancelling,
+    case_id,
+)
 
 from fedlora_kernels import ops, reference
 
@@ -101,6 +111,20 @@ def test_energy_and_cap_still_give_the_leading_part(name: str) -> None:
         with poisoned_memory():
             result = raw.spectrum(*grams(batch), energy, cap)
         assert_spectrum(batch, sigma, *result, needed=torch.where(real, needed, 0))
+
+
+@pytest.mark.parametrize("shape", CANCELLED)
+def test_clients_that_cancel_are_zero(shape: Shape) -> None:
+    """Exactly, and up to the rounding of the weights: no sigma, and zero coefficients."""
+    for weights in EXACT_AND_ROUNDED:
+        b, a, scale = cancelling(torch.float32, shape, weights)
+        gram_b, gram_a = reference.gram(b, rows=False), reference.gram(a, rows=True)
+        for result in (
+            reference.spectrum(gram_b, gram_a, scale),
+            raw.spectrum(gram_b.to(DEVICE), gram_a.to(DEVICE), scale.to(DEVICE)),
+        ):
+            sigma, _, left, right, info = result
+            assert not (sigma.any() or left.any() or right.any() or info.any()), weights
 
 
 def test_modules_do_not_mix() -> None:

@@ -24,12 +24,16 @@ from assertions import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import (
+    CANCELLED,
     CASES,
     DEVICE,
     DTYPES,
+    EXACT_AND_ROUNDED,
     FAMILIES,
     THRESHOLD_RANKS,
     Batch,
+    Shape,
+    cancelling,
     case_id,
     normal,
     orthonormal_columns,
@@ -46,12 +50,6 @@ GAP = 1e-6
 Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def cancelled(batch: Batch) -> torch.Tensor:
-    """[L] bool: the clients cancel to rounding, so that the update has no rank to speak of."""
-    norms = torch.linalg.matrix_norm(batch.dense())
-    return (norms <= 1e-7 * batch.magnitude()) & (batch.magnitude() > 0)
-
-
 def assert_truncated_svd(
     batch: Batch,
     result: Result,
@@ -60,7 +58,10 @@ def assert_truncated_svd(
     max_rank: int | None,
     precision: str,
 ) -> None:
-    """Everything the operator promises, with the dense SVD (U, sigma [L, R], V^T) at hand."""
+    """Everything the operator promises, with the dense SVD (U, sigma [L, R], V^T) at hand.
+
+    sigma is the specification's: zero where it counts as zero.
+    """
     b_global, a_global, sigma, ranks = (part.cpu() for part in result)
     left, values, right = decomposition
     width = batch.attainable_rank if max_rank is None else max_rank
@@ -69,19 +70,17 @@ def assert_truncated_svd(
     assert b_global.shape == (batch.modules, batch.b.shape[1], width)
     assert a_global.shape == (batch.modules, width, batch.a.shape[2])
 
-    real = ~cancelled(batch)
-    assert_ranks(ranks[real], values[real], magnitude[real], energy, max_rank, precision)
+    assert_ranks(ranks, values, magnitude, energy, max_rank, precision)
     assert bool((ranks <= width).all())
     assert_zero_beyond(b_global, a_global, ranks)
-    assert_singular_values(sigma, values, torch.where(real, ranks, 0), magnitude, precision)
+    assert_singular_values(sigma, values, ranks, magnitude, precision)
     assert_near_optimal(b_global, a_global, dense, ranks, magnitude, precision)
-    assert_orthonormal_rows(a_global[real], sigma[real], ranks[real], precision)
+    assert_orthonormal_rows(a_global, sigma, ranks, precision)
 
     resolution = EPS[torch.float64] if precision == "exact" else EPS[torch.float32]
     noise = SPECTRUM_TERMS * batch.stacked_rank * resolution * magnitude.square()
     lengths = b_global.double().norm(dim=1)
-    for module in real.nonzero().flatten().tolist():
-        rank = int(ranks[module])
+    for module, rank in enumerate(ranks.tolist()):
         error = (lengths[module, :rank].square() - sigma[module, :rank].square()).abs()
         bound = noise[module] + PRODUCT_ROUNDINGS * EPS[batch.dtype] * magnitude[module] ** 2
         assert_within(error, bound, "Sigma is in B")
@@ -96,11 +95,9 @@ def assert_truncated_svd(
 
 
 def dense_svd(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U, singular values padded or cut to R, and V^T of the dense updates."""
-    left, values, right = torch.linalg.svd(batch.dense(), full_matrices=False)
-    padding = max(0, batch.stacked_rank - values.shape[1])
-    values = torch.nn.functional.pad(values, (0, padding))[:, : batch.stacked_rank]
-    return left, values, right
+    """U, the specification's singular values [L, R] and V^T of the dense updates."""
+    left, _, right = torch.linalg.svd(batch.dense(), full_matrices=False)
+    return left, reference.stacked_svd(batch.b, batch.a, batch.scale, 1.0)[2], right
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
@@ -122,6 +119,21 @@ def test_list_is_the_stack(case: tuple[str, torch.dtype]) -> None:
     with poisoned_memory():
         result = raw.stacked_svd_list(bs, as_, batch.scale.to(DEVICE), 0.99, None, "exact")
     assert_truncated_svd(batch, result, dense_svd(batch), 0.99, None, "exact")
+
+
+@pytest.mark.parametrize("shape", CANCELLED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clients_that_cancel_have_rank_zero(dtype: torch.dtype, shape: Shape) -> None:
+    """Exactly, and up to the rounding of the weights; on every route."""
+    for weights in EXACT_AND_ROUNDED:
+        b, a, scale = cancelling(dtype, shape, weights)
+        for result in (
+            reference.stacked_svd(b, a, scale, 1.0),
+            raw.stacked_svd(b.to(DEVICE), a.to(DEVICE), scale.to(DEVICE), 1.0),
+        ):
+            b_global, a_global, sigma, ranks = result
+            assert not ranks.any(), weights
+            assert not (b_global.any() or a_global.any() or sigma.any()), weights
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
@@ -444,8 +456,6 @@ def test_reference_is_the_paper_pipeline(name: str) -> None:
     *_, ranks = reference.stacked_svd(batch.b, batch.a, batch.scale, 1.0)
     b_global, a_global, *_ = reference.stacked_svd(batch.b, batch.a, batch.scale, 0.9)
     for module in range(batch.modules):
-        if bool(cancelled(batch)[module]):
-            continue
         clients = slice(module * batch.clients, (module + 1) * batch.clients)
         scalings, weights = batch.scalings[module].tolist(), batch.weights.tolist()
         arguments = (bs[clients], as_[clients], scalings, weights)

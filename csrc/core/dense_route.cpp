@@ -58,14 +58,28 @@ Buffer<double> near_factor(const Factors& near, const double* scale) {
   return result;
 }
 
-// dW dW^T seen from the near side, [d, d], both triangles. Always two sums, of the even and of the
-// odd chunks, so that two threads help one module and the bits do not depend on their number.
-Buffer<double> side_gram(const Factors& far, int64_t d, const double* near, int threads) {
+// squares[k] += the squares of column k of [count, R] or of row k of [R, count].
+void add_squares(bool rows, int64_t rank, int64_t count, const double* chunk, double* squares) {
+  for (int64_t outer = 0; outer < (rows ? rank : count); ++outer) {
+    for (int64_t i = 0; i < (rows ? count : rank); ++i) {
+      const double value = *chunk++;
+      squares[rows ? outer : i] += value * value;
+    }
+  }
+}
+
+// dW dW^T seen from the near side, [d, d], both triangles, and the squared norms of the far
+// factor's columns, [R]. Always two sums, of the even and of the odd chunks, so that two threads
+// help one module and the bits do not depend on their number.
+Buffer<double> side_gram(const Factors& far, int64_t d, const double* near, int threads,
+                         double* squares) {
   const int64_t rank = far.rank;
   Buffer<double> sums[2] = {Buffer<double>(d * d), Buffer<double>(d * d)};
+  Buffer<double> norms[2] = {Buffer<double>(rank), Buffer<double>(rank)};
   parallel_for(2, threads, [&](int64_t half) {
     double* sum = sums[half].get();
     std::fill_n(sum, d * d, 0.0);
+    std::fill_n(norms[half].get(), rank, 0.0);
     const Buffer<double> chunk(rank * kChunk);
     const Buffer<double> dense(d * kChunk);
     for (int64_t start = half * kChunk; start < far.depth; start += 2 * kChunk) {
@@ -75,12 +89,14 @@ Buffer<double> side_gram(const Factors& far, int64_t d, const double* near, int 
       lapack::gemm(false, far.rows, d, count, rank, 1, near, d, chunk.get(),
                    far.rows ? count : rank, 0, dense.get(), d);
       lapack::syrk(d, count, dense.get(), d, 1, sum, d);
+      add_squares(far.rows, rank, count, chunk.get(), norms[half].get());
     }
   });
   for (int64_t j = 0; j < d; ++j) {
     for (int64_t i = j; i < d; ++i) sums[0][j * d + i] += sums[1][j * d + i];
   }
   mirror(d, sums[0].get());
+  for (int64_t k = 0; k < rank; ++k) squares[k] = norms[0][k] + norms[1][k];
   return std::move(sums[0]);
 }
 
@@ -109,20 +125,22 @@ void svd_by_smaller_side(const Factors& b, const Factors& a, const double* scale
   const int64_t d = near.depth;
   const int64_t rank = b.rank;
   const Buffer<double> scaled = near_factor(near, scale);
-  const Buffer<double> side = side_gram(far, d, scaled.get(), threads);
+  const Buffer<double> far_squares(rank);
+  const Buffer<double> near_squares(rank);
+  const Buffer<double> side = side_gram(far, d, scaled.get(), threads, far_squares.get());
+  std::fill_n(near_squares.get(), rank, 0.0);
+  add_squares(true, rank, d, scaled.get(), near_squares.get());
   double total = 0;
+  double terms = 0;
+  for (int64_t k = 0; k < rank; ++k) terms += near_squares[k] * far_squares[k];
   for (int64_t i = 0; i < d; ++i) total += side[i * d + i];
   const Eigenpairs found =
       leading_eigenpairs(d, side.get(), wanted_energy(options.energy, total, rank), options.width);
-  if (!found.converged) {
+  if (!found.converged || !std::isfinite(terms)) {
     throw std::runtime_error(
         "the factors hold values that are not finite, or overflow in products");
   }
-  std::fill_n(result.sigma, rank, 0.0);
-  for (int64_t i = 0; i < found.count; ++i) {
-    if (!(found.values[i] > negligible(rank) * found.values[0])) break;
-    result.sigma[i] = std::sqrt(found.values[i]);
-  }
+  counted(found.count, found.values.get(), terms, rank, result.sigma);
   const int64_t p = select_rank(result.sigma, rank, total, options.energy, options.width);
   *result.rank = p;
   write_near(near, found.vectors.get(), p, options.width, result.sigma,

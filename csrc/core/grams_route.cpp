@@ -31,16 +31,6 @@ void right_from_left(int64_t rank, int64_t p, const double* x, const double* gra
   }
 }
 
-// Under this sigma^2 is float32 rounding where clients cancel: eps / 16 of the sum of the squared
-// norms of the R rank-1 terms.
-double fast_noise(int64_t rank, const double* gram_b, const double* gram_a, const double* scale) {
-  double terms = 0;
-  for (int64_t i = 0; i < rank; ++i) {
-    terms += gram_b[i * rank + i] * scale[i] * scale[i] * gram_a[i * rank + i];
-  }
-  return kSingleEps / 16 * terms;
-}
-
 }  // namespace
 
 void svd_by_grams(const Factors& b, const Factors& a, const double* scale,
@@ -60,7 +50,8 @@ void svd_by_grams(const Factors& b, const Factors& a, const double* scale,
     throw std::runtime_error(
         "the factors hold values that are not finite, or overflow in products");
   }
-  const double floor = options.fast ? fast_noise(rank, gram_b.get(), gram_a.get(), scale) : 0;
+  // Under this sigma^2 is float32 rounding where clients cancel.
+  const double floor = options.fast ? kSingleEps / 16 * spectrum.terms() : 0;
   for (int64_t i = 0; i < rank; ++i) {
     const double sigma = spectrum.sigma()[i];
     result.sigma[i] = sigma * sigma > floor ? sigma : 0;

@@ -86,14 +86,20 @@ struct Side {
   }
 };
 
-void equilibrate(Side& b, Side& a, const double* scale) {
+// Returns the sum of the squared norms of the rank-1 terms.
+double equilibrate(Side& b, Side& a, const double* scale) {
+  double terms = 0;
   for (int64_t k = 0; k < b.rank; ++k) {
-    const double ratio = b.norm(k) / (a.norm(k) * std::abs(scale[k]));
+    const double norm_b = b.norm(k);
+    const double norm_a = a.norm(k) * std::abs(scale[k]);
+    terms += norm_b * norm_a * (norm_b * norm_a);
+    const double ratio = norm_b / norm_a;
     if (!(ratio > 0) || !std::isfinite(ratio)) continue;
     const double factor = std::exp2(std::round(std::log2(ratio) / 2));
     b.scale(k, 1 / factor);
     a.scale(k, factor);
   }
+  return terms;
 }
 
 }  // namespace
@@ -103,7 +109,7 @@ void svd_by_qr(const Factors& b, const Factors& a, const double* scale, const Sv
   const int64_t rank = b.rank;
   Side left(b);
   Side right(a);
-  equilibrate(left, right, scale);
+  const double terms = equilibrate(left, right, scale);
   parallel_for(2, threads, [&](int64_t side) { (side == 0 ? left : right).factorise(); });
 
   const int64_t rows = left.small();
@@ -114,20 +120,23 @@ void svd_by_qr(const Factors& b, const Factors& a, const double* scale, const Sv
   const Buffer<double> core(rows * columns);
   const Buffer<double> u(rows * small);
   const Buffer<double> vt(small * columns);
-  std::fill_n(result.sigma, rank, 0.0);
+  const Buffer<double> values(small);
   if (small > 0) {
     lapack::gemm(false, true, rows, columns, rank, 1, upper_b.get(), rows, upper_a.get(), columns,
                  0, core.get(), rows);
     double sum = 0;
     for (int64_t i = 0; i < rows * columns; ++i) sum += std::abs(core[i]);
-    if (!std::isfinite(sum) ||
-        !lapack::svd(rows, columns, core.get(), result.sigma, u.get(), vt.get())) {
+    if (!std::isfinite(sum + terms) ||
+        !lapack::svd(rows, columns, core.get(), values.get(), u.get(), vt.get())) {
       throw std::runtime_error(
           "the factors hold values that are not finite, or overflow in products");
     }
   }
   double total = 0;
-  for (int64_t i = 0; i < small; ++i) total += result.sigma[i] * result.sigma[i];
+  const Buffer<double> squares(small);
+  for (int64_t i = 0; i < small; ++i) total += squares[i] = values[i] * values[i];
+  const int64_t count = counted(small, squares.get(), terms, rank, result.sigma);
+  std::copy_n(values.get(), count, result.sigma);
   const int64_t p = select_rank(result.sigma, rank, total, options.energy, options.width);
   *result.rank = p;
 

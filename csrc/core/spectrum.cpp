@@ -26,18 +26,18 @@ Spectrum::Spectrum(int64_t rank, const double* gram_b, const double* gram_a, con
       sigma_(rank) {
   std::fill_n(sigma_.get(), rank, 0.0);
   for (int64_t i = 0; i < rank; ++i) {
-    // LAPACK takes a NaN on the diagonal for the end of the rank.
-    const double found = gram_b[i * rank + i] + gram_a[i * rank + i] + scale[i];
-    if (!std::isfinite(found)) {
-      total_ = std::numeric_limits<double>::quiet_NaN();
-      eigen_.converged = false;
-      return;
-    }
     const double norm_b = std::sqrt(std::max(gram_b[i * rank + i], 0.0));
     const double norm_a = std::sqrt(std::max(gram_a[i * rank + i], 0.0)) * std::abs(scale[i]);
+    terms_ += norm_b * norm_a * (norm_b * norm_a);
     if (norm_b == 0 || norm_a == 0) continue;
     row_[i] = std::sqrt(norm_b / norm_a) * scale[i];
     inverse_[i] = std::sqrt(norm_a / norm_b);
+  }
+  // LAPACK takes a NaN on the diagonal for the end of the rank.
+  if (!std::isfinite(terms_)) {
+    total_ = std::numeric_limits<double>::quiet_NaN();
+    eigen_.converged = false;
+    return;
   }
   factor(gram_a, noise);
   Buffer<double> m(kept_ * kept_);
@@ -45,10 +45,7 @@ Spectrum::Spectrum(int64_t rank, const double* gram_b, const double* gram_a, con
   for (int64_t i = 0; i < kept_; ++i) total_ += m[i * kept_ + i];
   eigen_ = leading_eigenpairs(kept_, m.get(), wanted_energy(energy, total_, rank), cap);
   if (!eigen_.converged) return;
-  while (count_ < eigen_.count && eigen_.values[count_] > negligible(rank) * eigen_.values[0]) {
-    sigma_[count_] = std::sqrt(eigen_.values[count_]);
-    ++count_;
-  }
+  count_ = counted(eigen_.count, eigen_.values.get(), terms_, rank, sigma_.get());
 }
 
 // L of T D G_A D T.

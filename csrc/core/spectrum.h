@@ -27,6 +27,7 @@ class Spectrum {
 
   bool converged() const { return eigen_.converged; }
   double total_energy() const { return total_; }
+  double terms() const { return terms_; }               // sum_i D_i^2 G_B,ii G_A,ii
   const double* sigma() const { return sigma_.get(); }  // [R], zero where negligible or unknown
   int64_t count() const { return count_; }              // how many are not zero
 
@@ -48,6 +49,7 @@ class Spectrum {
   Eigenpairs eigen_;
   Buffer<double> sigma_;
   double total_ = 0;
+  double terms_ = 0;
   int64_t count_ = 0;
 };
 

@@ -1,7 +1,10 @@
 // rank: the smallest p whose singular values hold the wanted share of the energy, per module, on
 // the device; the rule and its ties are those of core/rank.h.
 //
-//   sum_{i<=p} sigma_i^2 >= (energy - 4 R eps) total,  sigma_i^2 <= R eps sigma_1^2 counts as 0
+//   sum_{i<=p} sigma_i^2 >= (energy - 4 R eps) total
+//
+// What counts as zero (docs/kernels.md) has been set to zero by spectrum; sigma_i^2 <= R eps
+// sigma_1^2 is looked at again.
 #pragma once
 
 #include <cstdint>

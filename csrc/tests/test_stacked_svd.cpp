@@ -5,6 +5,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "core/lapack.h"
 #include "core/rank.h"
@@ -106,6 +107,35 @@ TEST_CASE("truncated SVDs of every family, on every route") {
         check(kind, 50, 30, 6, 8, dtype, fast);
         check(kind, 17, 9, 1, 1, dtype, fast);
       }
+    }
+  }
+}
+
+TEST_CASE("what is left of clients that cancel counts as zero, on every route") {
+  for (const DType dtype : {DType::fp32, DType::fp64}) {
+    for (const auto& [m, n, r] :
+         {std::tuple{37, 53, 6}, {31, 17, 10}, {19, 29, 12}, {90, 81, 36}}) {
+      CAPTURE(m);
+      const int64_t rank = 2 * r;
+      Matrix b = rounded(random(m, rank, 1), dtype);
+      Matrix a = rounded(random(rank, n, 2), dtype);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t k = 0; k < r; ++k) b[i * rank + r + k] = -b[i * rank + k];
+      }
+      std::copy_n(a.begin(), r * n, a.begin() + r * n);
+      const Side left(b, false, {r, r}, m, dtype);
+      const Side right(a, true, {r, r}, n, dtype);
+      Matrix scale(static_cast<size_t>(rank), 0.3);
+      std::fill_n(scale.begin(), r, 3 * 0.1);  // one unit in the last place more
+      const int64_t width = std::min<int64_t>({rank, m, n});
+      std::vector<char> b_g(static_cast<size_t>(m * width * bytes_of(dtype)));
+      std::vector<char> a_g(static_cast<size_t>(n * width * bytes_of(dtype)));
+      Matrix sigma(static_cast<size_t>(rank));
+      int64_t p = -1;
+      stacked_svd(left.factors(), right.factors(), scale.data(), {1.0, width, false}, 2,
+                  {b_g.data(), a_g.data(), sigma.data(), &p});
+      CHECK(p == 0);
+      CHECK(largest(sigma) == 0);
     }
   }
 }

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fedlora_kernels as flk
 from fedlora_kernels import ops
-from fedlora_kernels.adapter import WEIGHTS_FILE
+from fedlora_kernels.adapters.adapter import WEIGHTS_FILE
 from fedlora_kernels.bench.device import Device
 
 

@@ -127,8 +127,8 @@ def _self_check(device: str) -> float:
     """The relative error of FLoRIST at full energy for two small clients of different ranks."""
     import torch
 
-    from fedlora_kernels.adapter import Adapter
-    from fedlora_kernels.aggregate import aggregate
+    from fedlora_kernels._aggregate import aggregate
+    from fedlora_kernels.adapters.adapter import Adapter
 
     generator = torch.Generator().manual_seed(0)
     clients = []

@@ -1,6 +1,7 @@
 """select_rank: how many singular values carry the wanted share of the energy.
 
-lambda_i = sigma_i^2 at or under R eps lambda_1 counts as 0. The rank is the smallest p with
+lambda_i = sigma_i^2 at or under R eps lambda_1 counts as 0 here too, beside what spectrum and
+stacked_svd have set to zero already (docs/kernels.md). The rank is the smallest p with
 
     sum_{i<=p} lambda_i >= (energy - 4 R eps) total_energy
 

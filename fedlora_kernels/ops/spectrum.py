@@ -8,9 +8,8 @@ With T = diag((G_B,ii / (D G_A D)_ii)^(1/4)), which gives both factors' columns 
     right = W^T L^+ T D                    right A = V^T
 
 Rank deficiency is the ordinary case (all clients start from one A, B starts at zero): directions
-under the clip are dropped on the A side, and singular values with sigma_i^2 at or under R eps times
-the larger of sigma_1^2 and sum_i D_i^2 G_B,ii G_A,ii are returned as zero with zero coefficients.
-No division touches ``left``.
+under the clip are dropped on the A side, and singular values that count as zero (docs/kernels.md)
+are returned as zero with zero coefficients. No division touches ``left``.
 """
 
 import torch
@@ -35,12 +34,13 @@ def spectrum(
         gram_b: B^T B, [L,R,R] float64.
         gram_a: A A^T, [L,R,R] float64.
         scale: [L,R], the diagonal of D (weight times scaling, once per rank).
-        energy: an implementation may stop as soon as the leading values hold this share of the
-            total energy; this one computes all of them.
+        energy: a backend may stop as soon as the leading values hold this share of the total
+            energy and leave the others at zero, as ``cpu`` does. ``composed`` and ``reference``
+            always compute all singular values.
         max_rank: likewise a cap on how many are needed.
 
     Returns:
-        sigma [L,R] descending, zero where negligible or not computed; total_energy [L], the sum of
+        sigma [L,R] descending, zero where it counts as zero or was not computed; total_energy [L], the sum of
         all sigma^2; left [L,R,R] with ``B left = U S``; right [L,R,R] with ``right A = V^T``, zero
         where sigma is; info [L] int64, zero where the solver converged.
 
@@ -54,7 +54,7 @@ def spectrum(
 
 
 def negligible(rank: int) -> float:
-    """The share of the largest eigenvalue at or under which an eigenvalue counts as zero."""
+    """R eps: times the larger of lambda_1 and :func:`magnitude`, what still counts as zero."""
     return rank * torch.finfo(torch.float64).eps
 
 

@@ -51,7 +51,8 @@ def stacked_svd(
 
     Returns:
         B_g [L,m,max_rank], singular values included, and A_g [L,max_rank,n], both zero beyond each
-        module's rank, in the adapters' dtype; sigma [L,R] float64; ranks [L] int64.
+        module's rank, in the adapters' dtype; sigma [L,R] float64, zero where it counts as zero
+        (docs/kernels.md) or was not computed; ranks [L] int64, 0 where the update is zero.
 
     Raises:
         ValueError: shapes disagree, or an option is out of range.
@@ -164,7 +165,7 @@ def _by_smaller_side(
     side = dense @ dense.mT
     squares, vectors = torch.linalg.eigh((side + side.mT) / 2)
     squares, vectors = squares.flip(-1), vectors.flip(-1)
-    squares = squares.where(squares > negligible(rank) * squares[:, :1], 0)
+    squares = squares.where(squares > _zero(squares, b, a, scale), 0)
     sigma = torch.nn.functional.pad(squares.sqrt(), (0, rank - squares.shape[1]))
     ranks = torch.ops.fedlora.select_rank(sigma, squares.sum(-1), energy, columns)
     vectors = _leading(vectors, ranks, columns)
@@ -184,11 +185,19 @@ def _by_qr(b: Tensor, a: Tensor, scale: Tensor, energy: float, columns: int) -> 
     basis_a, upper_a = torch.linalg.qr(a.mT)
     core = (upper_b * scale[:, None, :]) @ upper_a.mT
     rotation_b, values, rotation_a = torch.linalg.svd(core, full_matrices=False)
-    sigma = torch.nn.functional.pad(values, (0, rank - values.shape[1]))
-    ranks = torch.ops.fedlora.select_rank(sigma, sigma.square().sum(-1), energy, columns)
+    squares = values.square()
+    kept = values.where(squares > _zero(squares, b, a, scale), 0)
+    sigma = torch.nn.functional.pad(kept, (0, rank - values.shape[1]))
+    ranks = torch.ops.fedlora.select_rank(sigma, squares.sum(-1), energy, columns)
     b_g = basis_b @ _leading(rotation_b * values[:, None, :], ranks, columns)
     a_g = _leading(rotation_a.mT, ranks, columns).mT @ basis_a.mT
     return b_g, a_g, sigma, ranks
+
+
+def _zero(squares: Tensor, b: Tensor, a: Tensor, scale: Tensor) -> Tensor:
+    """At or under which an eigenvalue counts as zero, from the factors themselves: [L,1]."""
+    terms = (b.double().square().sum(1) * scale.square() * a.double().square().sum(2)).sum(-1)
+    return negligible(b.shape[2]) * torch.maximum(squares[:, :1], terms[:, None])
 
 
 def _leading(columns: Tensor, ranks: Tensor, count: int) -> Tensor:

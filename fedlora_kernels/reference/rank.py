@@ -5,6 +5,28 @@ import torch
 _EPS = torch.finfo(torch.float64).eps
 
 
+def counted(sigma: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+    """Return the singular values with zeros where they count as zero.
+
+    sigma_i counts as zero where
+
+        sigma_i^2 <= R eps max(sigma_1^2, sum_k terms_k),
+
+    because float64 sums over the R rank-1 terms D_kk B_k A_k of the update round by that much, and
+    the terms may be far larger than what is left of them where clients cancel.
+
+    Args:
+        sigma: [R] float64, descending.
+        terms: [R] float64, the squared Frobenius norms of the rank-1 terms.
+
+    Returns:
+        [R] float64.
+    """
+    squares = sigma.square()
+    zero = len(terms) * _EPS * max(float(squares[0]), float(terms.sum())) if len(terms) else 0.0
+    return torch.where(squares > zero, sigma, 0.0)
+
+
 def select_rank(
     sigma: torch.Tensor,
     total_energy: torch.Tensor,
@@ -17,7 +39,8 @@ def select_rank(
 
         lambda_1 + ... + lambda_p >= (energy - 4 R eps) * total_energy,
 
-    where lambda_i <= R eps lambda_1 counts as zero, so that p never exceeds the numerical rank.
+    where lambda_i <= R eps lambda_1 counts as zero, so that p never exceeds the numerical rank
+    (singular values that ``counted`` has set to zero stay zero).
     p is at least 1 unless the update is zero (then 0), and at most ``max_rank``.
     The 4 R eps is the rounding of the sum itself: an energy exactly on the threshold is inside.
 

@@ -2,7 +2,7 @@
 
 import torch
 
-_EPS = torch.finfo(torch.float64).eps
+from fedlora_kernels.reference.rank import counted
 
 
 def root(gram: torch.Tensor) -> torch.Tensor:
@@ -42,8 +42,8 @@ def spectrum(
         right = Sigma^+ U_c^T F_B D    right A = V^T
 
     Accuracy: a Gram matrix in float64 resolves singular values down to sqrt(eps) of the largest of
-    its columns brought to unit length.  Components with sigma^2 <= R eps sigma_1^2 are below that:
-    they are zero here.
+    its columns brought to unit length.  Components that count as zero (``rank.counted``) are below
+    that: they are zero here.
 
     Args:
         gram_b: [L, R, R] float64, B^T B.
@@ -58,15 +58,16 @@ def spectrum(
     """
     del energy, max_rank
     scale = scale.double()
-    stacked_rank = scale.shape[-1]
     sigmas, totals, lefts, rights = [], [], [], []
     for module_gram_b, module_gram_a, diagonal in zip(gram_b, gram_a, scale, strict=True):
         factor_b, factor_a = root(module_gram_b), root(module_gram_a)
         core = (factor_b * diagonal) @ factor_a.mT
         core_left, sigma, core_right = torch.linalg.svd(core)
-        kept = sigma.square() > stacked_rank * _EPS * sigma[0].square()
+        terms = module_gram_b.diagonal() * diagonal.square() * module_gram_a.diagonal()
+        sigma = counted(sigma, terms)
+        kept = sigma > 0
         inverse = torch.where(kept, 1 / sigma, torch.zeros_like(sigma))
-        sigmas.append(sigma * kept)
+        sigmas.append(sigma)
         totals.append(core.square().sum())
         lefts.append(diagonal[:, None] * (factor_a.mT @ core_right.mT) * kept)
         rights.append(inverse[:, None] * (core_left.mT @ factor_b) * diagonal)

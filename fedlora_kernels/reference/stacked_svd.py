@@ -2,7 +2,7 @@
 
 import torch
 
-from fedlora_kernels.reference.rank import select_rank
+from fedlora_kernels.reference.rank import counted, select_rank
 
 
 def stacked_svd(
@@ -27,7 +27,8 @@ def stacked_svd(
 
     Returns:
         B_g [L, m, P] and A_g [L, P, n] in the dtype of the factors, P = max_rank or min(R, m, n),
-        zero beyond each module's rank; sigma [L, R] float64, descending, padded with zeros;
+        zero beyond each module's rank; sigma [L, R] float64, descending, zero where
+        ``rank.counted`` says so and padded with zeros;
         ranks [L] int64.
 
     Source: FLoRIST (arXiv 2506.09199); Eckart and Young (1936) for the optimality.
@@ -42,9 +43,11 @@ def stacked_svd(
     sigma = torch.zeros(modules, stacked_rank, dtype=torch.float64, device=b.device)
     ranks = torch.zeros(modules, dtype=torch.int64, device=b.device)
     for module in range(modules):
-        dense = (b[module].double() * scale[module].double()) @ a[module].double()
+        scaled, module_a = b[module].double() * scale[module].double(), a[module].double()
+        dense = scaled @ module_a
         left, values, right = torch.linalg.svd(dense, full_matrices=False)
         sigma[module, :attainable] = values[:attainable]
+        sigma[module] = counted(sigma[module], scaled.square().sum(0) * module_a.square().sum(1))
         total = dense.square().sum()
         ranks[module] = select_rank(sigma[module, None], total[None], energy, max_rank)[0]
         rank = int(ranks[module])

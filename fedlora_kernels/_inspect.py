@@ -16,11 +16,12 @@ from functools import cached_property
 
 import torch
 
-from fedlora_kernels import clients, ops, peft_format
-from fedlora_kernels.adapter import Adapter
-from fedlora_kernels.grams import Grams
+from fedlora_kernels import ops
+from fedlora_kernels.adapters import agreement, peft_format
+from fedlora_kernels.adapters.adapter import Adapter
+from fedlora_kernels.gram_space.batches import stack
+from fedlora_kernels.gram_space.grams import Grams
 from fedlora_kernels.ops.spectrum import negligible
-from fedlora_kernels.stack import Batch, stack
 
 ENERGIES = (0.8, 0.9, 0.95, 0.99)
 
@@ -145,13 +146,23 @@ def inspect(
             module's size.
         ValueError: an energy is outside (0, 1].
     """
-    shares = clients.normalised(weights, adapters)
+    shares = agreement.normalized(weights, adapters)
+    return inspection(adapters, shares, map(Grams, stack(adapters, shares)), energies)
+
+
+def inspection(
+    adapters: Sequence[Adapter],
+    shares: torch.Tensor,
+    every: Iterable[Grams],
+    energies: Sequence[float],
+) -> Inspection:
+    """The same from Gram matrices that a round has, its weights [K] summing to 1."""
     modules: dict[str, ModuleSpectrum] = {}
     products = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
-    for batch in stack(adapters, shares):
-        grams = Grams.of(batch)
+    for grams in every:
         modules.update(_spectra(grams, energies))
-        _add_products(products, batch, grams)
+        present = torch.tensor(grams.batch.clients)
+        products[present[:, None], present[None, :]] += grams.client_products.sum(0).cpu()
     norms = products.diagonal().clamp_min(0).sqrt()
     return Inspection(
         clients=tuple(map(_facts, adapters, shares.tolist(), norms.tolist())),
@@ -198,9 +209,10 @@ def _natural(module: str) -> list[tuple[int, int, str]]:
 
 
 def _spectra(grams: Grams, energies: Sequence[float]) -> dict[str, ModuleSpectrum]:
-    sigma, total_energy, _, _ = grams.spectrum
+    found = grams.spectrum
+    sigma = found.sigma
     needed = [
-        ops.select_rank(sigma, total_energy, energy, grams.full_rank).tolist()
+        ops.select_rank(sigma, found.total_energy, energy, grams.full_rank).tolist()
         for energy in energies
     ]
     norms = grams.energy.sqrt().tolist()
@@ -216,11 +228,6 @@ def _spectra(grams: Grams, energies: Sequence[float]) -> dict[str, ModuleSpectru
         )
         for index, module in enumerate(grams.modules)
     }
-
-
-def _add_products(products: torch.Tensor, batch: Batch, grams: Grams) -> None:
-    present = torch.tensor(batch.clients)
-    products[present[:, None], present[None, :]] += grams.client_products.sum(0).cpu()
 
 
 def _cosines(products: torch.Tensor, norms: torch.Tensor) -> tuple[tuple[float, ...], ...]:

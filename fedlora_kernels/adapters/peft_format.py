@@ -131,6 +131,8 @@ def _is_alpha(value: object) -> bool:
 
 def disagreement(first: Config, other: Config) -> str | None:
     """The first field in which two clients' configs must agree and do not, or None."""
+    if first == other:
+        return None
     for field in _COMMON:
         one, two = first.get(field), other.get(field)
         if field in _UNKNOWN_WHEN_NONE and (one is None or two is None):
@@ -176,13 +178,12 @@ def result_config(
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     names = sorted(ranks)
     lines = "\n".join(names)
-    keys = {module: _key(module, lines) for module in names}
     config = {**start}
     config.update(
         r=rank,
         lora_alpha=alpha,
-        rank_pattern={keys[name]: ranks[name] for name in names if ranks[name] != rank},
-        alpha_pattern={keys[name]: alphas[name] for name in names if alphas[name] != alpha},
+        rank_pattern={_key(name, lines): ranks[name] for name in names if ranks[name] != rank},
+        alpha_pattern={_key(name, lines): alphas[name] for name in names if alphas[name] != alpha},
         use_rslora=rslora,
         init_lora_weights=True,
         target_modules=sorted(ranks),
@@ -230,6 +231,11 @@ def _whole(pattern: str) -> str:
 def headless(config: Config) -> Config:
     """A config whose folder holds no head: PEFT would look for the task's classifier otherwise."""
     return {**config, "modules_to_save": None, "task_type": None}
+
+
+def head(config: Config) -> Config:
+    """The fields of a config that belong to its head."""
+    return {field: config.get(field) for field in ("modules_to_save", "task_type")}
 
 
 def label(index: int, name: str | None) -> str:

@@ -10,10 +10,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from fedlora_kernels import ops
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.stack import Batch
+from fedlora_kernels.gram_space.batches import Batch
+from fedlora_kernels.gram_space.grams import Grams, Spectrum
 
 
 class Coefficients(Protocol):
@@ -35,8 +36,13 @@ class Coefficients(Protocol):
     def y(self) -> Tensor:
         """Y, [L,p,R]."""
 
-    def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """B_g [L,m,p] and A_g [L,p,n] in the batch's dtype."""
+    def factors(self, batch: Batch, sends: str = "both") -> tuple[Tensor, Tensor]:
+        """B_g [L,m,p] and A_g [L,p,n] in the batch's dtype.
+
+        Args:
+            batch: the clients' factors.
+            sends: the factors that travel, "both", "a" or "b" (see :attr:`Rule.sends`).
+        """
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Product:
         """1: the scalings are inside X and Y."""
         return torch.ones_like(self.ranks, dtype=torch.float64)
 
-    def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def factors(self, batch: Batch, sends: str = "both") -> tuple[Tensor, Tensor]:
         """combine."""
         return ops.combine_list(batch.list_b, batch.list_a, self.x, self.y)
 
@@ -88,9 +94,21 @@ class Mixture:
     def _identity(self) -> Tensor:
         return torch.eye(self.rank, dtype=self.q.dtype, device=self.q.device)
 
-    def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """weighted_sum."""
-        b = ops.weighted_sum_list(batch.list_b, self.q)
+    def factors(self, batch: Batch, sends: str = "both") -> tuple[Tensor, Tensor]:
+        """weighted_sum of the factors that travel. Where only A does, B is zero, since every client
+        keeps its own; where only B does, A is the first client's, since all have that one.
+        """
+        step, rows = len(batch.clients), batch.size[0]
+        if sends == "a":
+            if not bool(get_total_norm(batch.list_b).isfinite()):
+                batch.refuse_non_finite()
+            b = torch.zeros(
+                (len(batch.modules), rows, self.rank), dtype=batch.dtype, device=batch.device
+            )
+        else:
+            b = ops.weighted_sum_list(batch.list_b, self.q)
+        if sends == "b":
+            return b, torch.stack(batch.list_a[::step])
         return b, ops.weighted_sum_list(batch.list_a, self.p)
 
 
@@ -100,6 +118,8 @@ class Stacked:
 
     scale: Tensor
     """[L,R], the diagonal of D"""
+    terms: Tensor | None = None
+    """[L,K], what D holds once per client, where it is known"""
 
     @property
     def ranks(self) -> Tensor:
@@ -122,9 +142,15 @@ class Stacked:
         """D."""
         return torch.diag_embed(self.scale)
 
-    def factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """B as it is; each row of A scaled and rounded once."""
-        return batch.b, (self.scale[:, :, None] * batch.a).to(batch.a.dtype)
+    def factors(self, batch: Batch, sends: str = "both") -> tuple[Tensor, Tensor]:
+        """B as it is; each row of A scaled and rounded once, which for clients of one rank is a
+        weighted_sum of one term each.
+        """
+        modules, stacked_rank = self.scale.shape
+        if self.terms is None or len(set(batch.ranks)) > 1:
+            return batch.b, (self.scale[:, :, None] * batch.a).to(batch.dtype)
+        a = ops.weighted_sum_list(batch.list_a, self.terms.reshape(-1, 1))
+        return batch.b, a.view(modules, stacked_rank, -1)
 
 
 @dataclass(frozen=True)
@@ -136,6 +162,8 @@ class Solution:
     """what the clients merge into the base beside the adapter (FedEx)"""
     sweep: Mapping[float, Tensor] = field(default_factory=dict)
     """energy -> ranks [L], when the rule was asked for a whole curve"""
+    spectrum: Spectrum | None = None
+    """the singular values that the rule went by, where it used some"""
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -155,6 +183,23 @@ class Solution:
         if self.residual is None:
             return self.adapter.ranks
         return self.adapter.ranks + self.residual.ranks
+
+
+def mean(grams: Grams) -> Mixture:
+    """The weighted means of both factors, different scalings folded into B.
+
+    A client without a module counts as B = 0, so only B's weights shrink. The clients' ranks must
+    be equal, see :meth:`Rule.equal_rank`.
+    """
+    scaling, folded = common_scaling(grams)
+    total = grams.weights.sum()
+    p = grams.weights / total if total > 0 else grams.weights
+    return Mixture(
+        q=grams.weights * folded,
+        p=p.expand_as(folded).contiguous(),
+        scaling=scaling,
+        rank=grams.ranks[0],
+    )
 
 
 def common_scaling(grams: Grams) -> tuple[Tensor, Tensor]:

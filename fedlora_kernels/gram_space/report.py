@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.rules.solution import Solution
+from fedlora_kernels.gram_space.coefficients import Solution
+from fedlora_kernels.gram_space.grams import Grams, Spectrum
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def report(grams: Grams, solution: Solution) -> Report:
     total = grams.energy
     error = relative(solution.error(grams), grams)
     ranks = solution.ranks
-    floor = svd_floor(grams, ranks)
+    floor = svd_floor(grams, ranks, solution.spectrum)
     columns = zip(
         ranks.tolist(), error.tolist(), floor.tolist(), total.sqrt().tolist(), strict=True
     )
@@ -96,13 +96,35 @@ def report(grams: Grams, solution: Solution) -> Report:
     )
 
 
-def svd_floor(grams: Grams, ranks: Tensor) -> Tensor:
-    """sqrt(sum_{i>p} sigma_i^2 / ||dW||^2) at p = ranks, [L]: 0 without a spectrum at full rank."""
+SHARE = 1e-6
+"""From this share of ||dW||^2 on, the energy beyond a rank is a difference of ten digits."""
+
+
+def svd_floor(grams: Grams, ranks: Tensor, found: Spectrum | None = None) -> Tensor:
+    """sqrt(sum_{i>p} sigma_i^2 / ||dW||^2) at p = ranks, [L]: 0 without a spectrum at full rank.
+
+    Args:
+        grams: of the modules.
+        ranks: p, [L].
+        found: the leading singular values, p of them at least, if they are known. What lies beyond
+            is ||dW||^2 without their squares; where that is less than a share of SHARE, all
+            singular values are computed and the small ones summed.
+    """
     if bool((ranks >= grams.full_rank).all()):
         return torch.zeros_like(ranks, dtype=torch.float64)
-    sigma, _, _, _ = grams.spectrum
-    beyond = torch.arange(sigma.shape[1], device=sigma.device)[None, :] >= ranks[:, None]
-    return relative(sigma.square().where(beyond, 0).sum(-1), grams)
+    found = found or grams.leading(max_rank=max(1, int(ranks.max())))
+    total = found.total_energy
+    beyond = total - _squares(found.sigma, ranks, beyond=False)
+    if bool((beyond < SHARE * total).any()):
+        beyond = _squares(grams.spectrum.sigma, ranks, beyond=True)
+    return relative(beyond, grams)
+
+
+def _squares(sigma: Tensor, ranks: Tensor, *, beyond: bool) -> Tensor:
+    """The sum of sigma_i^2 over i > p, or over i <= p: [L]."""
+    places = torch.arange(sigma.shape[1], device=sigma.device)[None, :]
+    chosen = (places >= ranks[:, None]) == beyond
+    return sigma.square().where(chosen, 0).sum(-1)
 
 
 def relative(error: Tensor, grams: Grams) -> Tensor:
@@ -127,7 +149,7 @@ def swept(grams: Grams, solution: Solution) -> dict[float, Swept]:
     return {
         share: Swept(
             ranks.cpu(),
-            svd_floor(grams, ranks).cpu(),
+            svd_floor(grams, ranks, grams.spectrum).cpu(),
             int(ranks.clamp_min(1).sum()) * sum(grams.size),
         )
         for share, ranks in solution.sweep.items()

@@ -2,15 +2,28 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedlora_kernels import ops
+from fedlora_kernels.adapters.error import AdapterError
 
 
-class AdapterError(ValueError):
-    """An adapter, or a set of clients' adapters, that cannot be what it says it is."""
+class Layout(NamedTuple):
+    """What must agree before modules can be worked on together."""
+
+    rows: int
+    """m"""
+    columns: int
+    """n"""
+    rank: int
+    """r"""
+    dtype_b: torch.dtype
+    dtype_a: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -26,10 +39,20 @@ class Factors:
     embedding: bool = False
     """saved as lora_embedding_A and lora_embedding_B; the weight is the update's transpose"""
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Shapes, dtypes and device, read once."""
+        (rows, _), (rank, columns) = self.b.shape, self.a.shape
+        return Layout(rows, columns, rank, self.b.dtype, self.a.dtype, self.b.device)
+
     @property
     def rank(self) -> int:
         """r"""
         return self.a.shape[0]
+
+    def same_a(self, other: "Factors") -> bool:
+        """Whether both have the same A, to the bit."""
+        return self.a is other.a or torch.equal(self.a, other.a.to(self.a.device))
 
     @property
     def bytes(self) -> int:

@@ -9,6 +9,7 @@ Module names are the model's own, without PEFT's prefix "base_model.model.".
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedlora_kernels import folder, peft_format
-from fedlora_kernels.factors import AdapterError, Factors, fitted, of_vera
+from fedlora_kernels.adapters import folder, peft_format
+from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.factors import Factors, fitted, of_vera
+from fedlora_kernels.adapters.peft_format import PREFIX, Config
 from fedlora_kernels.ops import checks
-from fedlora_kernels.peft_format import PREFIX, Config
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -55,9 +57,15 @@ class Adapter:
         self.config = config
         self.extras = dict(extras or {})
         self.vera = dict(vera or {})
-        self.factors = of_vera(self.vera, self.extras) if self.vera else dict(factors)
+        if not self.vera:
+            self.factors = dict(factors)
         self.name = name
         self.source = source
+
+    @cached_property
+    def factors(self) -> dict[str, Factors]:
+        """Of VeRA, made when first asked for: averaging its vectors needs none of them."""
+        return of_vera(self.vera, self.extras)
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
@@ -183,16 +191,26 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors under PEFT's saved keys."""
-        tensors = dict(self.extras)
+        return {**self.extras, **self.factor_tensors()}
+
+    def factor_tensors(self, sides: str = "both") -> dict[str, Tensor]:
+        """The factors under PEFT's saved keys, or VeRA's vectors.
+
+        Args:
+            sides: "both"; "a", A alone (of VeRA lambda_d); or "b", B alone (of VeRA lambda_b).
+        """
+        tensors: dict[str, Tensor] = {}
         for module, (lambda_b, lambda_d) in self.vera.items():
-            tensors[f"{PREFIX}{module}.vera_lambda_b"] = lambda_b
-            tensors[f"{PREFIX}{module}.vera_lambda_d"] = lambda_d
+            if sides != "a":
+                tensors[f"{PREFIX}{module}.vera_lambda_b"] = lambda_b
+            if sides != "b":
+                tensors[f"{PREFIX}{module}.vera_lambda_d"] = lambda_d
         for module, factors in ({} if self.vera else self.factors).items():
-            stem = f"{PREFIX}{module}.lora_"
-            if factors.embedding:
-                tensors[f"{stem}embedding_A"], tensors[f"{stem}embedding_B"] = factors.a, factors.b
-            else:
-                tensors[f"{stem}A.weight"], tensors[f"{stem}B.weight"] = factors.a, factors.b
+            begin, end = ("embedding_", "") if factors.embedding else ("", ".weight")
+            if sides != "b":
+                tensors[f"{PREFIX}{module}.lora_{begin}A{end}"] = factors.a
+            if sides != "a":
+                tensors[f"{PREFIX}{module}.lora_{begin}B{end}"] = factors.b
         return tensors
 
     def save(self, path: str | Path) -> None:
