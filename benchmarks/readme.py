@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from fedlora_kernels.bench.table import duration
+from benchmarks.stand.table import duration
 
 BEGIN = "<!-- benchmark:begin -->"
 END = "<!-- benchmark:end -->"
