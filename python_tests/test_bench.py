@@ -5,9 +5,12 @@ Times are never compared with anything here.
 
 import json
 import math
+import re
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from rich.console import Console
 
 import fedlora_kernels as flk
-from benchmarks import figures, readme
+from benchmarks import figures, peers, readme
 from benchmarks import run as program
 from benchmarks.peers import (
     adam,
@@ -35,16 +38,19 @@ from benchmarks.stand.correctness import Check
 from benchmarks.stand.device import Device
 from benchmarks.stand.inputs import Round, Stacks
 from benchmarks.stand.measure import Comparison, Run, Variant, ratio
+from benchmarks.stand.peer import Peer, Prepared, variants
+from benchmarks.stand.revision import Revision, RevisionError
 from benchmarks.stand.roofline import Roofline, Work
 from benchmarks.stand.shapes import FLORIST_RANKS, LAYERS, MODELS, Case, equal
 from benchmarks.stand.suite import Setting
-from benchmarks.stand.tasks import Spectrum, Surrogate, Truncation
+from benchmarks.stand.tasks import Averages, Mean, Spectrum, Surrogate, Truncation
 from benchmarks.suites import (
     acceptance,
     aggregate,
     combine,
     flora_na,
     flows,
+    gpu,
     gram,
     rank,
     scaling,
@@ -242,6 +248,145 @@ def test_every_variant_is_right_and_gets_a_number(name: str) -> None:
     for row in rows:
         assert row.seconds is not None
         assert row.checks, row.variant
+
+
+def test_flows_are_said_beside_their_targets_and_shown_in_the_readme() -> None:
+    rows = []
+    for case in flows.CASES:
+        small = replace(case, modules=1, ranks=equal(2, 3))
+        task = Averages(Round.draw(small))
+        for rule, share in (("fedit", 2.0), ("ffa", 0.5)):
+            family = flows.FIXED_A if rule == "ffa" else case.family
+            theirs = replace(flower.PEER.variant(task), timed=lambda: (0.1, None))
+            theirs = replace(theirs, checks=lambda _: [])
+            seconds = 0.1 * share
+            ours = Variant(
+                f"aggregate {rule}",
+                lambda: None,
+                lambda _: [],
+                task.work,
+                timed=lambda seconds=seconds: (seconds, None),
+            )
+            compared = Comparison("flows", replace(case, family=family), (ours, theirs), rule)
+            rows += Run(compared, CPU, ROOF, rounds=1).measured()
+    said = list(flows.ratios(rows))
+    assert len(said) == 6
+    assert said[0].endswith("200 ms,  2.00 of numpy average's 100 ms (target 1.30)")
+    assert said[1].endswith("50 ms,  0.50 of numpy average's 100 ms (target 0.80)")
+    assert said[5].endswith("(target 1.50)")
+    document = results.of_rows("flows", CPU, ROOF, rows)
+    section = readme.section({"flows": document}, [])
+    assert "TinyLlama-1.1B, 44 modules, 8 x 16" in section
+    assert "| `aggregate fedit` | numpy average | 200 ms; 0.50 | 200 ms; 0.50 |" in section
+
+
+PEER_FILES = sorted(
+    path.stem
+    for path in Path(peers.__file__).parent.glob("*.py")
+    if path.stem not in ("__init__", "cut")
+)
+
+
+@pytest.mark.parametrize("name", PEER_FILES)
+def test_a_peer_is_one_object_that_a_suite_names(name: str) -> None:
+    module = import_module(f"benchmarks.peers.{name}")
+    objects = {key for key, value in vars(module).items() if isinstance(value, Peer)}
+    assert objects
+    folder = Path(program.__file__).parent / "suites"
+    named = {
+        found
+        for path in folder.glob("*.py")
+        for found in re.findall(rf"\b{name}\.([A-Z][A-Z_0-9]*)", path.read_text(encoding="utf-8"))
+    }
+    assert objects <= named | {"PEER", "CAT"}
+    assert objects & named
+
+
+def test_a_new_peer_gets_a_row_if_its_check_passes() -> None:
+    task = Mean(inputs.draw(SINGLE))
+
+    def peer(name: str, factor: float) -> Peer[Mean]:
+        return Peer(
+            name,
+            "a test",
+            lambda task: Prepared(
+                lambda: factor * reference.weighted_sum(task.stacked, task.stacks.weights),
+                note="prepared",
+            ),
+            Mean.checks,
+            answers=lambda task: name != "elsewhere",
+        )
+
+    named = [peer("right", 1.0), peer("wrong", 1.001), peer("elsewhere", 1.0)]
+    compared = weighted_sum.compare(task.stacks)
+    others = (*compared.variants, *variants(task, named))
+    rows = Run(replace(compared, variants=others), CPU, ROOF, rounds=1).measured()
+    right, wrong = rows[-2:]
+    assert (right.variant, right.source, right.note, right.refused) == (
+        "right",
+        "a test",
+        "prepared",
+        "",
+    )
+    assert right.seconds is not None
+    assert (wrong.variant, wrong.seconds) == ("wrong", None)
+    assert "error / norm is 1.00e-03" in wrong.refused
+
+
+@pytest.fixture
+def another(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package's Python files that says another version, as if it had been built."""
+
+    def copied(_: Revision, folder: Path) -> Path:
+        installed = folder / "installed"
+        package = Path(flk.__file__).parent
+        shutil.copytree(
+            package,
+            installed / "fedlora_kernels",
+            ignore=lambda _, names: {
+                name for name in names if name.endswith(".so") or name == "__pycache__"
+            },
+        )
+        return installed
+
+    monkeypatch.setattr(Revision, "_built", copied)
+    return Path(flk.__file__)
+
+
+TINY_GPU = next(iter(gpu.SUITE.tiny(CPU)))
+
+
+@pytest.mark.usefixtures("another")
+def test_another_revision_is_measured_in_a_process_of_its_own() -> None:
+    with Revision("HEAD~1", CPU, tiny=True) as base:
+        assert base._folder is not None
+        comparison = gpu.SUITE.tiny(CPU)[TINY_GPU](CPU)
+        compared = base.added("gpu", TINY_GPU, comparison)
+        names = [variant.name for variant in compared.variants]
+        assert names[-2:] == ["exact at HEAD~1", "fast at HEAD~1"]
+        rows = Run(compared, CPU, ROOF, rounds=2).measured()
+        assert {row.variant: row.refused for row in rows if row.refused} == {}
+        assert (rows[-2].source, len(rows[-2].samples)) == ("git HEAD~1", 2)
+        assert rows[-2].checks == rows[0].checks
+        assert rows[-2].times_first is not None
+        with pytest.raises(RevisionError, match="KeyError"):
+            base.added("gpu", "no such comparison", comparison).variants[-1].timed()
+        folder = base._folder
+    assert not folder.exists()
+
+
+def test_a_revision_that_is_not_there() -> None:
+    with pytest.raises(RevisionError, match="no-such-revision"), Revision("no-such-revision", CPU):
+        pass
+
+
+@pytest.mark.slow
+def test_a_revision_is_built() -> None:
+    with Revision("HEAD", CPU, tiny=True) as base:
+        comparison = gpu.SUITE.tiny(CPU)[TINY_GPU](CPU)
+        rows = Run(base.added("gpu", TINY_GPU, comparison), CPU, ROOF, rounds=1).measured()
+    assert [row.refused for row in rows] == [""] * len(rows)
+    assert rows[-1].variant == "fast at HEAD"
 
 
 def test_numbers_of_a_row() -> None:

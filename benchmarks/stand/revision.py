@@ -27,8 +27,9 @@ from benchmarks.stand.measure import Comparison, Variant
 
 ROOT = Path(__file__).parents[2]
 
-SETTLE_S = 0.02
-"""Threads of one process spin for some milliseconds before they leave the cores to the other."""
+SETTLE_S = 0.05
+"""Before and after a call of the other process: OpenBLAS's waiting threads spin for 2^26 cycles,
+27 ms at 2.5 GHz, before they leave the cores."""
 
 _TAIL = 2000
 
@@ -120,7 +121,7 @@ class Revision:
         self._process = subprocess.Popen(
             command,
             env=environment,
-            cwd=ROOT,
+            cwd=installed.parent,  # the working directory is searched first
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
