@@ -713,3 +713,28 @@ def test_the_commands_modules_import_no_torch():
     """Whatever a command needs, it imports when it runs."""
     code = f"{NO_TORCH}\nimport fedlora_kernels.cli\nassert 'numpy' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+
+
+def test_bench_without_a_checkout_says_so_in_one_line(tmp_path, monkeypatch) -> None:
+    """As a wheel in site-packages: benchmarks/ is not part of the package."""
+    import fedlora_kernels
+
+    installed = tmp_path / "site-packages" / "fedlora_kernels" / "__init__.py"
+    monkeypatch.setattr(fedlora_kernels, "__file__", str(installed))
+    done = run("bench")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.strip().count("\n") == 0
+    assert "needs a source checkout" in done.err
+
+
+def test_bench_runs_the_short_suite_of_the_checkout(monkeypatch) -> None:
+    from benchmarks import run as program
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(program, "main", lambda arguments: asked.append(arguments) or 1)
+    assert run("bench", "--threads", "2", "--out", "results").code == 1
+    assert run("bench", "--long", "--device", "cuda").code == 1
+    assert asked == [
+        ["--suite", "short", "--device", "cpu", "--threads", "2", "--results", "results"],
+        ["--suite", "long", "--device", "cuda"],
+    ]
