@@ -10,15 +10,15 @@ A new operator is its own file, which puts it into the table ``OPERATORS``, and 
 """
 
 from fedlora_kernels import backends
-from fedlora_kernels.ops.combine import combine, combine_list
-from fedlora_kernels.ops.flora_na import flora_na, flora_na_list
-from fedlora_kernels.ops.gram import gram, gram_list
+from fedlora_kernels.ops._combine import combine, combine_list
+from fedlora_kernels.ops._flora_na import flora_na, flora_na_list
+from fedlora_kernels.ops._gram import gram, gram_list
+from fedlora_kernels.ops._rank import select_rank
+from fedlora_kernels.ops._spectrum import spectrum
+from fedlora_kernels.ops._stacked_svd import stacked_svd, stacked_svd_list
+from fedlora_kernels.ops._surrogate import surrogate
+from fedlora_kernels.ops._weighted_sum import weighted_sum, weighted_sum_list
 from fedlora_kernels.ops.operator import OPERATORS
-from fedlora_kernels.ops.rank import select_rank
-from fedlora_kernels.ops.spectrum import spectrum
-from fedlora_kernels.ops.stacked_svd import stacked_svd, stacked_svd_list
-from fedlora_kernels.ops.surrogate import surrogate
-from fedlora_kernels.ops.weighted_sum import weighted_sum, weighted_sum_list
 
 __all__ = [
     "combine",

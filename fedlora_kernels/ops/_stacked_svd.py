@@ -22,8 +22,8 @@ from torch import Tensor
 from fedlora_kernels import reference
 from fedlora_kernels.backends.lists import stack
 from fedlora_kernels.ops import checks
+from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
 from fedlora_kernels.ops.operator import Operator
-from fedlora_kernels.ops.spectrum import magnitude, negligible, right_of_left
 
 # Share of the magnitude under which sigma^2 is float32 rounding, where clients cancel (measured
 # noise: 2e-8 at R = 36 with chunks of 512; eps is 1.2e-7).

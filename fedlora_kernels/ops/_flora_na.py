@@ -13,8 +13,8 @@ from torch import Tensor
 from fedlora_kernels import reference
 from fedlora_kernels.backends.lists import stack
 from fedlora_kernels.ops import checks
+from fedlora_kernels.ops._surrogate import MAX_SWEEPS
 from fedlora_kernels.ops.operator import Operator
-from fedlora_kernels.ops.surrogate import MAX_SWEEPS
 
 FloraNA = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fedlora_kernels.reference.spectrum import root
+from fedlora_kernels.reference._spectrum import root
 
 _EPS = torch.finfo(torch.float64).eps
 _STEPS = 300

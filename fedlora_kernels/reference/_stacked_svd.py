@@ -2,7 +2,7 @@
 
 import torch
 
-from fedlora_kernels.reference.rank import counted, select_rank
+from fedlora_kernels.reference._rank import counted, select_rank
 
 
 def stacked_svd(

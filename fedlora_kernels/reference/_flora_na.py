@@ -2,8 +2,8 @@
 
 import torch
 
-from fedlora_kernels.reference.gram import gram
-from fedlora_kernels.reference.surrogate import surrogate
+from fedlora_kernels.reference._gram import gram
+from fedlora_kernels.reference._surrogate import surrogate
 
 
 def flora_na(

@@ -2,7 +2,7 @@
 
 import torch
 
-from fedlora_kernels.reference.rank import counted
+from fedlora_kernels.reference._rank import counted
 
 
 def root(gram: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedlora_kernels import reference
 from fedlora_kernels.ops import checks
+from fedlora_kernels.ops._spectrum import negligible
 from fedlora_kernels.ops.operator import Operator
-from fedlora_kernels.ops.spectrum import negligible
 
 
 def select_rank(
