@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedlora_kernels import reference
+from fedlora_kernels.backends.lists import stack
 from fedlora_kernels.ops import checks
-from fedlora_kernels.ops.gram import stack
-from fedlora_kernels.ops.operator import declare
+from fedlora_kernels.ops.operator import Operator
 
 # How many elements are widened at once.
 _WIDENED = 1 << 22
@@ -37,18 +38,14 @@ def combine(b: Tensor, a: Tensor, x: Tensor, y: Tensor) -> Pair:
         ValueError: shapes disagree.
         TypeError: dtypes are not those named above.
     """
-    _check(b, a, x, y)
-    result: Pair = torch.ops.fedlora.combine(b, a, x, y)
-    return result
+    return COMBINE(b, a, x, y)
 
 
 def combine_list(b: Sequence[Tensor], a: Sequence[Tensor], x: Tensor, y: Tensor) -> Pair:
     """:func:`combine` on clients' factors where they lie: ``b[l*K + k]`` [m,r_k] beside
     ``a[l*K + k]`` [r_k,n], L = ``x.shape[0]``. Results and errors are :func:`combine`'s.
     """
-    _check_list(b, a, x, y)
-    result: Pair = torch.ops.fedlora.combine_list(b, a, x, y)
-    return result
+    return COMBINE_LIST(b, a, x, y)
 
 
 def _check(b: Tensor, a: Tensor, x: Tensor, y: Tensor) -> None:
@@ -91,23 +88,15 @@ def _fake(b: Tensor, a: Tensor, x: Tensor, y: Tensor) -> Pair:
     return b.new_empty((modules, rows, x.shape[2])), a.new_empty((modules, x.shape[2], a.shape[2]))
 
 
-def _fake_list(b: Sequence[Tensor], a: Sequence[Tensor], x: Tensor, y: Tensor) -> Pair:
-    modules, _, rank = x.shape
-    return (
-        b[0].new_empty((modules, b[0].shape[0], rank)),
-        a[0].new_empty((modules, rank, a[0].shape[1])),
-    )
-
-
-declare(
+COMBINE: Operator[Pair] = Operator(
     "combine(Tensor b, Tensor a, Tensor x, Tensor y) -> (Tensor b_g, Tensor a_g)",
     check=_check,
     composed=_composed,
     fake=_fake,
+    reference=reference.combine,
 )
-declare(
+COMBINE_LIST: Operator[Pair] = Operator(
     "combine_list(Tensor[] b, Tensor[] a, Tensor x, Tensor y) -> (Tensor b_g, Tensor a_g)",
     check=_check_list,
     composed=_composed_list,
-    fake=_fake_list,
 )

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedlora_kernels import reference
+from fedlora_kernels.backends.lists import stack
 from fedlora_kernels.ops import checks
-from fedlora_kernels.ops.gram import stack
-from fedlora_kernels.ops.operator import declare
+from fedlora_kernels.ops.operator import Operator
 from fedlora_kernels.ops.surrogate import MAX_SWEEPS
 
 FloraNA = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -38,9 +39,7 @@ def flora_na(
         ValueError: shapes disagree, R is no multiple of K, or the precision is unknown.
         TypeError: dtypes are not those named above.
     """
-    _check(b, a, weights, scale, precision)
-    result: FloraNA = torch.ops.fedlora.flora_na(b, a, weights, scale, precision)
-    return result
+    return FLORA_NA(b, a, weights, scale, precision)
 
 
 def flora_na_list(
@@ -53,9 +52,7 @@ def flora_na_list(
     """:func:`flora_na` of clients' factors where they lie: ``b[l*K + k]`` [m,r] beside
     ``a[l*K + k]`` [r,n], L and K from ``scale``. Results and errors are :func:`flora_na`'s.
     """
-    _check_list(b, a, weights, scale, precision)
-    result: FloraNA = torch.ops.fedlora.flora_na_list(b, a, weights, scale, precision)
-    return result
+    return FLORA_NA_LIST(b, a, weights, scale, precision)
 
 
 def _check_mixing(modules: int, weights: Tensor, scale: Tensor, precision: str) -> None:
@@ -91,8 +88,7 @@ def _check_list(
             f"b and a must hold one tensor for each of the scalings {checks.shape(scale)}, "
             f"found {len(b)}"
         )
-    for index, tensor in enumerate(b):
-        checks.sizes(f"b[{index}]", tensor, b[0].shape)
+    checks.equal_sizes("b", b)
 
 
 def _composed(
@@ -125,42 +121,28 @@ def _composed_list(
 def _fake(
     b: Tensor, a: Tensor, weights: Tensor, scale: Tensor, precision: str = "exact"
 ) -> FloraNA:
-    rank = b.shape[2] // weights.shape[0]
-    return _empty(b, b.shape[1], rank, a.shape[2], scale)
-
-
-def _fake_list(
-    b: Sequence[Tensor],
-    a: Sequence[Tensor],
-    weights: Tensor,
-    scale: Tensor,
-    precision: str = "exact",
-) -> FloraNA:
-    return _empty(b[0], b[0].shape[0], b[0].shape[1], a[0].shape[1], scale)
-
-
-def _empty(like: Tensor, rows: int, rank: int, width: int, scale: Tensor) -> FloraNA:
     modules, clients = scale.shape
+    rank = b.shape[2] // clients
     return (
-        like.new_empty((modules, rows, rank)),
-        like.new_empty((modules, rank, width)),
-        like.new_empty((modules, clients), dtype=torch.float64),
-        like.new_empty((modules, clients), dtype=torch.float64),
-        like.new_empty((modules, MAX_SWEEPS + 1), dtype=torch.float64),
+        b.new_empty((modules, b.shape[1], rank)),
+        b.new_empty((modules, rank, a.shape[2])),
+        b.new_empty((modules, clients), dtype=torch.float64),
+        b.new_empty((modules, clients), dtype=torch.float64),
+        b.new_empty((modules, MAX_SWEEPS + 1), dtype=torch.float64),
     )
 
 
 _OPTIONS = "Tensor weights, Tensor scale, str precision='exact'"
 _RESULTS = "(Tensor b_hat, Tensor a_hat, Tensor p, Tensor q, Tensor objective)"
-declare(
+FLORA_NA: Operator[FloraNA] = Operator(
     f"flora_na(Tensor b, Tensor a, {_OPTIONS}) -> {_RESULTS}",
     check=_check,
     composed=_composed,
     fake=_fake,
+    reference=reference.flora_na,
 )
-declare(
+FLORA_NA_LIST: Operator[FloraNA] = Operator(
     f"flora_na_list(Tensor[] b, Tensor[] a, {_OPTIONS}) -> {_RESULTS}",
     check=_check_list,
     composed=_composed_list,
-    fake=_fake_list,
 )

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedlora_kernels import reference
+from fedlora_kernels.backends.lists import stack as stack
 from fedlora_kernels.ops import checks
-from fedlora_kernels.ops.operator import declare
+from fedlora_kernels.ops.operator import Operator
 
 # How many elements are widened at once: 32 MB in float64, which leaves the cache to the product.
 _WIDENED = 1 << 22
@@ -36,9 +38,7 @@ def gram(x: Tensor, rows: bool, precision: str = "exact") -> Tensor:
         ValueError: x has not three dimensions, or the precision is unknown.
         TypeError: x is not a floating type named above.
     """
-    _check(x, rows, precision)
-    result: Tensor = torch.ops.fedlora.gram(x, rows, precision)
-    return result
+    return GRAM(x, rows, precision)
 
 
 def gram_list(x: Sequence[Tensor], modules: int, rows: bool, precision: str = "exact") -> Tensor:
@@ -59,20 +59,7 @@ def gram_list(x: Sequence[Tensor], modules: int, rows: bool, precision: str = "e
             unknown.
         TypeError: the factors are not of one floating type.
     """
-    _check_list(x, modules, rows, precision)
-    result: Tensor = torch.ops.fedlora.gram_list(x, modules, rows, precision)
-    return result
-
-
-def stack(tensors: Sequence[Tensor], modules: int, rows: bool) -> Tensor:
-    """Module-major factors as one tensor: [L,R,d] when ``rows``, else [L,d,R]."""
-    clients = len(tensors) // modules
-    return torch.stack(
-        [
-            torch.cat(list(tensors[start : start + clients]), dim=0 if rows else 1)
-            for start in range(0, len(tensors), clients)
-        ]
-    )
+    return GRAM_LIST(x, modules, rows, precision)
 
 
 def _check(x: Tensor, rows: bool, precision: str = "exact") -> None:
@@ -116,20 +103,15 @@ def _fake(x: Tensor, rows: bool, precision: str = "exact") -> Tensor:
     return x.new_empty((x.shape[0], rank, rank), dtype=torch.float64)
 
 
-def _fake_list(x: Sequence[Tensor], modules: int, rows: bool, precision: str = "exact") -> Tensor:
-    rank = sum(tensor.shape[0 if rows else 1] for tensor in x[: len(x) // modules])
-    return x[0].new_empty((modules, rank, rank), dtype=torch.float64)
-
-
-declare(
+GRAM: Operator[Tensor] = Operator(
     "gram(Tensor x, bool rows, str precision='exact') -> Tensor",
     check=_check,
     composed=_composed,
     fake=_fake,
+    reference=reference.gram,
 )
-declare(
+GRAM_LIST: Operator[Tensor] = Operator(
     "gram_list(Tensor[] x, SymInt modules, bool rows, str precision='exact') -> Tensor",
     check=_check_list,
     composed=_composed_list,
-    fake=_fake_list,
 )

@@ -12,8 +12,9 @@ or else the number of values that count, and never 0 unless the update is 0 (FLo
 import torch
 from torch import Tensor
 
+from fedlora_kernels import reference
 from fedlora_kernels.ops import checks
-from fedlora_kernels.ops.operator import declare
+from fedlora_kernels.ops.operator import Operator
 from fedlora_kernels.ops.spectrum import negligible
 
 
@@ -35,9 +36,7 @@ def select_rank(
         ValueError: shapes disagree, energy is outside (0, 1] or max_rank is under 1.
         TypeError: sigma or total_energy is not float64.
     """
-    _check(sigma, total_energy, energy, max_rank)
-    result: Tensor = torch.ops.fedlora.select_rank(sigma, total_energy, energy, max_rank)
-    return result
+    return SELECT_RANK(sigma, total_energy, energy, max_rank)
 
 
 def _check(sigma: Tensor, total_energy: Tensor, energy: float, max_rank: int | None = None) -> None:
@@ -66,9 +65,10 @@ def _fake(
     return sigma.new_empty((sigma.shape[0],), dtype=torch.int64)
 
 
-declare(
+SELECT_RANK: Operator[Tensor] = Operator(
     "select_rank(Tensor sigma, Tensor total_energy, float energy, SymInt? max_rank=None) -> Tensor",
     check=_check,
     composed=_composed,
     fake=_fake,
+    reference=reference.select_rank,
 )

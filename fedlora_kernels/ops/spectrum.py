@@ -15,8 +15,9 @@ are returned as zero with zero coefficients. No division touches ``left``.
 import torch
 from torch import Tensor
 
+from fedlora_kernels import reference
 from fedlora_kernels.ops import checks
-from fedlora_kernels.ops.operator import declare
+from fedlora_kernels.ops.operator import Operator
 
 Spectrum = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -48,9 +49,7 @@ def spectrum(
         ValueError: shapes disagree, energy is outside (0, 1] or max_rank is under 1.
         TypeError: a Gram matrix is not float64.
     """
-    _check(gram_b, gram_a, scale, energy, max_rank)
-    result: Spectrum = torch.ops.fedlora.spectrum(gram_b, gram_a, scale, energy, max_rank)
-    return result
+    return SPECTRUM(gram_b, gram_a, scale, energy, max_rank)
 
 
 def negligible(rank: int) -> float:
@@ -157,11 +156,12 @@ def _fake(
     )
 
 
-declare(
+SPECTRUM: Operator[Spectrum] = Operator(
     "spectrum(Tensor gram_b, Tensor gram_a, Tensor scale, float energy=1.0, "
     "SymInt? max_rank=None) -> "
     "(Tensor sigma, Tensor total_energy, Tensor left, Tensor right, Tensor info)",
     check=_check,
     composed=_composed,
     fake=_fake,
+    reference=reference.spectrum,
 )

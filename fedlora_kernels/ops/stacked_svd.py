@@ -19,9 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedlora_kernels import reference
+from fedlora_kernels.backends.lists import stack
 from fedlora_kernels.ops import checks
-from fedlora_kernels.ops.gram import stack
-from fedlora_kernels.ops.operator import declare
+from fedlora_kernels.ops.operator import Operator
 from fedlora_kernels.ops.spectrum import magnitude, negligible, right_of_left
 
 # Share of the magnitude under which sigma^2 is float32 rounding, where clients cancel (measured
@@ -58,9 +59,7 @@ def stacked_svd(
         ValueError: shapes disagree, or an option is out of range.
         TypeError: dtypes are not those named above.
     """
-    _check(b, a, scale, energy, max_rank, precision)
-    result: StackedSVD = torch.ops.fedlora.stacked_svd(b, a, scale, energy, max_rank, precision)
-    return result
+    return STACKED_SVD(b, a, scale, energy, max_rank, precision)
 
 
 def stacked_svd_list(
@@ -74,11 +73,7 @@ def stacked_svd_list(
     """:func:`stacked_svd` of clients' factors where they lie: ``b[l*K + k]`` [m,r_k] beside
     ``a[l*K + k]`` [r_k,n], L = ``scale.shape[0]``. Results and errors are :func:`stacked_svd`'s.
     """
-    _check_list(b, a, scale, energy, max_rank, precision)
-    result: StackedSVD = torch.ops.fedlora.stacked_svd_list(
-        b, a, scale, energy, max_rank, precision
-    )
-    return result
+    return STACKED_SVD_LIST(b, a, scale, energy, max_rank, precision)
 
 
 def _check_options(energy: float, max_rank: int | None, precision: str) -> None:
@@ -237,43 +232,26 @@ def _fake(
     precision: str = "exact",
 ) -> StackedSVD:
     modules, rows, rank = b.shape
-    return _empty(b, (modules, rows, rank, a.shape[2]), max_rank)
-
-
-def _fake_list(
-    b: Sequence[Tensor],
-    a: Sequence[Tensor],
-    scale: Tensor,
-    energy: float,
-    max_rank: int | None = None,
-    precision: str = "exact",
-) -> StackedSVD:
-    modules, rank = scale.shape
-    return _empty(b[0], (modules, b[0].shape[0], rank, a[0].shape[1]), max_rank)
-
-
-def _empty(like: Tensor, sizes: tuple[int, int, int, int], max_rank: int | None) -> StackedSVD:
-    modules, rows, rank, width = sizes
-    columns = min(rank, rows, width) if max_rank is None else max_rank
+    columns = min(rank, rows, a.shape[2]) if max_rank is None else max_rank
     return (
-        like.new_empty((modules, rows, columns)),
-        like.new_empty((modules, columns, width)),
-        like.new_empty((modules, rank), dtype=torch.float64),
-        like.new_empty((modules,), dtype=torch.int64),
+        b.new_empty((modules, rows, columns)),
+        b.new_empty((modules, columns, a.shape[2])),
+        b.new_empty((modules, rank), dtype=torch.float64),
+        b.new_empty((modules,), dtype=torch.int64),
     )
 
 
 _OPTIONS = "Tensor scale, float energy, SymInt? max_rank=None, str precision='exact'"
 _RESULTS = "(Tensor b_g, Tensor a_g, Tensor sigma, Tensor ranks)"
-declare(
+STACKED_SVD: Operator[StackedSVD] = Operator(
     f"stacked_svd(Tensor b, Tensor a, {_OPTIONS}) -> {_RESULTS}",
     check=_check,
     composed=_composed,
     fake=_fake,
+    reference=reference.stacked_svd,
 )
-declare(
+STACKED_SVD_LIST: Operator[StackedSVD] = Operator(
     f"stacked_svd_list(Tensor[] b, Tensor[] a, {_OPTIONS}) -> {_RESULTS}",
     check=_check_list,
     composed=_composed_list,
-    fake=_fake_list,
 )

@@ -23,8 +23,9 @@ factors cancel in the mean although their products agree).
 import torch
 from torch import Tensor
 
+from fedlora_kernels import reference
 from fedlora_kernels.ops import checks
-from fedlora_kernels.ops.operator import declare
+from fedlora_kernels.ops.operator import Operator
 
 MAX_SWEEPS = 50
 TOLERANCE = 1e-12
@@ -61,9 +62,7 @@ def surrogate(
         ValueError: shapes disagree, R is no multiple of K, max_sweeps < 1 or tol < 0.
         TypeError: a Gram matrix is not float64.
     """
-    _check(gram_b, gram_a, weights, scale, max_sweeps, tol)
-    result: Surrogate = torch.ops.fedlora.surrogate(gram_b, gram_a, weights, scale, max_sweeps, tol)
-    return result
+    return SURROGATE(gram_b, gram_a, weights, scale, max_sweeps, tol)
 
 
 def _check(
@@ -216,11 +215,12 @@ def _fake(
     )
 
 
-declare(
+SURROGATE: Operator[Surrogate] = Operator(
     "surrogate(Tensor gram_b, Tensor gram_a, Tensor weights, Tensor scale, "
     f"SymInt max_sweeps={MAX_SWEEPS}, float tol={TOLERANCE}) -> "
     "(Tensor p, Tensor q, Tensor objective)",
     check=_check,
     composed=_composed,
     fake=_fake,
+    reference=reference.surrogate,
 )

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedlora_kernels import reference
 from fedlora_kernels.ops import checks
-from fedlora_kernels.ops.operator import declare
+from fedlora_kernels.ops.operator import Operator
 
 # How many elements are widened at once.
 _WIDENED = 1 << 22
@@ -31,18 +32,14 @@ def weighted_sum(stacked: Tensor, weights: Tensor) -> Tensor:
         ValueError: shapes disagree.
         TypeError: dtypes are not those named above.
     """
-    _check(stacked, weights)
-    result: Tensor = torch.ops.fedlora.weighted_sum(stacked, weights)
-    return result
+    return WEIGHTED_SUM(stacked, weights)
 
 
 def weighted_sum_list(factors: Sequence[Tensor], weights: Tensor) -> Tensor:
     """:func:`weighted_sum` of factors where they lie: ``factors[l*K + k]``, all of one shape,
     weights [L,K]. Results and errors are :func:`weighted_sum`'s.
     """
-    _check_list(factors, weights)
-    result: Tensor = torch.ops.fedlora.weighted_sum_list(factors, weights)
-    return result
+    return WEIGHTED_SUM_LIST(factors, weights)
 
 
 def _check(stacked: Tensor, weights: Tensor) -> None:
@@ -63,12 +60,12 @@ def _check_list(factors: Sequence[Tensor], weights: Tensor) -> None:
             f"factors must hold one tensor for each of the weights {checks.shape(weights)}, "
             f"found {len(factors)}"
         )
+    checks.equal_sizes("factors", factors)
+    dtype = factors[0].dtype
     for index, factor in enumerate(factors):
-        checks.sizes(f"factors[{index}]", factor, factors[0].shape)
-        if factor.dtype != factors[0].dtype or factor.dtype not in checks.FACTOR_DTYPES:
+        if factor.dtype != dtype or dtype not in checks.FACTOR_DTYPES:
             raise TypeError(
-                f"factors[{index}] must be {factors[0].dtype} (a floating type), "
-                f"found {factor.dtype}"
+                f"factors[{index}] must be {dtype} (a floating type), found {factor.dtype}"
             )
 
 
@@ -91,19 +88,15 @@ def _fake(stacked: Tensor, weights: Tensor) -> Tensor:
     return stacked.new_empty((stacked.shape[0], *stacked.shape[2:]))
 
 
-def _fake_list(factors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    return factors[0].new_empty((weights.shape[0], *factors[0].shape))
-
-
-declare(
+WEIGHTED_SUM: Operator[Tensor] = Operator(
     "weighted_sum(Tensor stacked, Tensor weights) -> Tensor",
     check=_check,
     composed=_composed,
     fake=_fake,
+    reference=reference.weighted_sum,
 )
-declare(
+WEIGHTED_SUM_LIST: Operator[Tensor] = Operator(
     "weighted_sum_list(Tensor[] factors, Tensor weights) -> Tensor",
     check=_check_list,
     composed=_composed_list,
-    fake=_fake_list,
 )
