@@ -17,7 +17,7 @@ from fedlora_kernels.adapters.adapter import WRITTEN, Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.peft_format import label
-from fedlora_kernels.gram_space.batches import Batch
+from fedlora_kernels.gram_space.batches import Batch, finite
 from fedlora_kernels.gram_space.coefficients import Coefficients, Mixture, Solution
 from fedlora_kernels.gram_space.grams import Grams
 from fedlora_kernels.gram_space.report import (
@@ -272,28 +272,26 @@ def _factors(
         batch = replace(batch, dtype=torch.promote_types(batch.dtype, dtype))
     b_g, a_g = part.factors(batch, sends)
     if dtype is not None:
-        b_g, a_g = b_g.to(dtype), a_g.to(dtype)
-    for factor in (b_g, a_g):
-        _refuse_overflow(batch, factor)
-    ranks, width = part.ranks.tolist(), b_g.shape[2]
-    numbers = zip(batch.modules, ranks, part.scaling.tolist(), b_g, a_g, strict=True)
-    for module, rank, scaling, b, a in numbers:
-        if rank < width:
+        b_g, a_g = ([factor.to(dtype) for factor in side] for side in (b_g, a_g))
+    for side in (b_g, a_g):
+        _refuse_overflow(batch, side)
+    ranks, scalings = part.ranks.tolist(), part.scaling.tolist()
+    for module, rank, scaling, b, a in zip(batch.modules, ranks, scalings, b_g, a_g, strict=True):
+        if rank < a.shape[0]:
             b, a = b[:, : max(1, rank)].contiguous(), a[: max(1, rank)].contiguous()
         yield module, Factors(b, a, scaling)
 
 
-def _refuse_overflow(batch: Batch, factor: Tensor) -> None:
+def _refuse_overflow(batch: Batch, factors: Sequence[Tensor]) -> None:
     """A finite sum has finite terms; only where the sum is not, look for what is at fault."""
-    if bool(factor.sum().isfinite()):
+    if finite(factors):
         return
-    bad = ~factor.isfinite().flatten(1).all(1)
-    if bool(bad.any()):
-        batch.refuse_non_finite()
-        raise AdapterError(
-            f"module {batch.modules[int(bad.nonzero()[0])]}: the aggregate overflows "
-            f"{factor.dtype}; ask for a wider dtype"
-        )
+    for module, factor in zip(batch.modules, factors, strict=True):
+        if not bool(factor.isfinite().all()):
+            batch.refuse_non_finite()
+            raise AdapterError(
+                f"module {module}: the aggregate overflows {factor.dtype}; ask for a wider dtype"
+            )
 
 
 def _finished(

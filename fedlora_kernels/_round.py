@@ -1,7 +1,7 @@
 """Round: the clients of one round, checked once, and what rules read of them, read once.
 
     round = flk.Round(clients, weights=[120, 80, 300])
-    florist, fedit = round.aggregate([flk.rules.FLoRIST(energy=0.9), "fedit"])
+    florist, flexlora = round.aggregate([flk.rules.FLoRIST(energy=0.9), "flexlora"])
     round.inspect().modules[name].sigma
 
 load -> stack -> gram -> rule (spectrum + rank | surrogate | nothing) -> combine -> report

@@ -62,10 +62,13 @@ def test_error_of_the_stack_itself(case: tuple[str, torch.dtype]) -> None:
     """Zero where it is the ideal one; with other weights, what the general form says."""
     for batch in batches(*case):
         grams = Grams(batch)
-        assert not Solution(Stacked(grams.scale)).error(grams).any()
+        owner = grams.batch.owner
+        ideal = Stacked(grams.weights * grams.scalings, owner)
+        assert torch.equal(ideal.scale, grams.scale)
+        assert not Solution(ideal).error(grams).any()
 
         generator = torch.Generator().manual_seed(grams.scale.shape[1])
-        stacked = Stacked(grams.scale * normal(generator, *grams.scale.shape))
+        stacked = Stacked(ideal.terms * normal(generator, *ideal.terms.shape), owner)
         terms = (grams.scale.square() + stacked.scale.square()) * grams.products.diagonal(
             dim1=-2, dim2=-1
         )

@@ -22,9 +22,11 @@ from matrices import (
     EXACT_AND_ROUNDED,
     FAMILIES,
     Batch,
+    Large,
     Shape,
     cancelling,
     case_id,
+    large_cases,
 )
 
 from fedlora_kernels import ops, reference
@@ -85,7 +87,17 @@ def assert_spectrum(
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_every_component(case: tuple[str, torch.dtype]) -> None:
-    batch = FAMILIES[case[0]].build(case[1])
+    assert_every_component(FAMILIES[case[0]].build(case[1]))
+
+
+@pytest.mark.parametrize("case", large_cases())
+def test_large_ranks(case: Large) -> None:
+    """Another kernel, or another share of its memory, than the families' own sizes reach."""
+    assert_every_component(case.build(torch.float32))
+
+
+def assert_every_component(batch: Batch) -> None:
+    """The decomposition of a whole batch, and the update from it."""
     with poisoned_memory():
         result = raw.spectrum(*grams(batch))
     everything = torch.full((batch.modules,), batch.attainable_rank)
@@ -126,7 +138,8 @@ def test_clients_that_cancel_are_zero(shape: Shape) -> None:
             raw.spectrum(gram_b.to(DEVICE), gram_a.to(DEVICE), scale.to(DEVICE)),
         ):
             sigma, _, left, right, info = result
-            assert not any(part.any() for part in (sigma, left, right, info)), weights
+            for tensor in (sigma, left, right, info):
+                assert not tensor.any(), weights
 
 
 def test_modules_do_not_mix() -> None:

@@ -5,12 +5,16 @@
 
 Each way is run once untimed by rounds: its output is checked, and a red check refuses the number.
 Then rounds follow in which every way runs once, so that a busy moment of the machine hits all of
-them; medians of the rounds' ratios are reported.
+them; medians of the rounds' ratios are reported. No time is reported for a variant that raises, nor
+for a peer that is not finished in time; the other variants keep theirs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import median
+from types import FrameType
 from typing import Any
 
 from fedlora_kernels.bench.correctness import Check
@@ -111,17 +115,39 @@ class Run:
         *,
         rounds: int | None = None,
         budget_s: float = BUDGET_S,
+        peers_once_s: float = ONCE_S,
+        patience_s: float | None = None,
+        keep: Callable[[list[Row]], None] | None = None,
     ) -> None:
+        """Run and check every variant once, before the rounds.
+
+        Args:
+            comparison: what is measured.
+            device: where.
+            roofline: the device's.
+            rounds: how many; as many as the budget allows when None.
+            budget_s: seconds that the rounds may take together.
+            peers_once_s: a peer that takes longer is measured once, by its first call.
+            patience_s: a peer's call that takes longer is interrupted, and no time is reported for
+                that peer; only in a process's main thread.
+            keep: gets the rows so far after every variant.
+        """
         self.comparison, self.device, self.roofline = comparison, device, roofline
+        self._once_s, self._patience_s = min(peers_once_s, ONCE_S), patience_s
         self._samples: dict[str, list[float]] = {}
+        self._called: dict[str, float] = {}
+        self._raised: dict[str, str] = {}
         self._checks: dict[str, Sequence[Check]] = {}
         self._facts: dict[str, Mapping[str, Any]] = {}
         self._once: set[str] = set()
         for variant in comparison.variants:
-            first = self._checked(variant)
-            if rounds is None and first > ONCE_S:
+            self._samples[variant.name] = []
+            first = self._attempt(variant, self._checked)
+            if first is not None and rounds is None and first > self._only_call_s(variant):
                 self._once.add(variant.name)
                 self._samples[variant.name] = [first]
+            if keep is not None:
+                keep(self.rows())
         self.rounds = rounds or self._affordable(budget_s)
 
     def _checked(self, variant: Variant) -> float:
@@ -129,15 +155,32 @@ class Run:
         seconds, output = self._timed(variant)
         self._checks[variant.name] = tuple(variant.checks(output))
         self._facts[variant.name] = dict(variant.facts(output)) if variant.facts else {}
-        self._samples[variant.name] = []
+        self._called[variant.name] = seconds
         del output
-        if seconds > ONCE_S:
+        if seconds > self._only_call_s(variant):
             return seconds
+        self._called[variant.name] = self._seconds(variant)
+        return self._called[variant.name]
+
+    def _only_call_s(self, variant: Variant) -> float:
+        """A first call that takes longer is the variant's only one."""
+        return self._once_s if variant.source else ONCE_S
+
+    def _seconds(self, variant: Variant) -> float:
         return self._timed(variant)[0]
+
+    def _attempt(self, variant: Variant, call: Callable[[Variant], float]) -> float | None:
+        """What the call returns, or None if it raises: no other variant loses its row to that."""
+        try:
+            with interrupted(self._patience_s if variant.source else None):
+                return call(variant)
+        except Exception as problem:  # whatever a peer, a driver or a library raises
+            self._raised[variant.name] = f"{type(problem).__name__}: {problem}"
+            return None
 
     def _affordable(self, budget_s: float) -> int:
         repeated = [variant for variant in self.comparison.variants if self._repeats(variant)]
-        each = sum(self._timed(variant)[0] for variant in repeated)
+        each = sum(self._attempt(variant, self._seconds) or 0.0 for variant in repeated)
         fewest, most = ROUNDS
         return max(fewest, min(most, int(budget_s / max(each, 1e-9))))
 
@@ -151,7 +194,9 @@ class Run:
 
     def refusal(self, variant: Variant) -> str:
         """Why the variant's number is refused, or nothing."""
-        red = [check for check in self._checks[variant.name] if not check.passed]
+        if variant.name in self._raised:
+            return self._raised[variant.name]
+        red = [check for check in self._checks.get(variant.name, ()) if not check.passed]
         return "; ".join(
             f"{check.quantity} is {check.error:.2e}, allowed {check.tolerance:.0e}" for check in red
         )
@@ -159,14 +204,18 @@ class Run:
     def others(self) -> None:
         """One round of every variant but the first."""
         for variant in self.comparison.variants[1:]:
-            if self._repeats(variant):
-                self._samples[variant.name].append(self._timed(variant)[0])
+            self._repeat(variant)
 
     def first(self) -> None:
         """The same round's first variant."""
-        variant = self.comparison.variants[0]
-        if self._repeats(variant):
-            self._samples[variant.name].append(self._timed(variant)[0])
+        self._repeat(self.comparison.variants[0])
+
+    def _repeat(self, variant: Variant) -> None:
+        if not self._repeats(variant):
+            return
+        seconds = self._attempt(variant, self._seconds)
+        if seconds is not None:
+            self._samples[variant.name].append(seconds)
 
     def measured(self) -> list[Row]:
         """All rounds, then the rows."""
@@ -176,17 +225,21 @@ class Run:
         return self.rows()
 
     def rows(self) -> list[Row]:
-        """What has been measured so far."""
-        return [self._row(variant) for variant in self.comparison.variants]
+        """What has been measured so far, of the variants that have been run."""
+        return [
+            self._row(variant)
+            for variant in self.comparison.variants
+            if variant.name in self._samples
+        ]
 
     def _row(self, variant: Variant) -> Row:
         case, work = self.comparison.case, variant.work
         refused = self.refusal(variant)
-        samples = () if refused else tuple(self._samples[variant.name])
+        samples = () if refused else self._times(variant)
         seconds = median(samples) if samples else None
         floor = work.floor(self.roofline)
         leader = self.comparison.variants[0]
-        first = () if self.refusal(leader) else self._samples[leader.name]
+        first = () if self.refusal(leader) else self._times(leader)
         note = variant.note
         if variant.name in self._once and not refused:
             note = f"{note}; measured once" if note else "measured once"
@@ -213,11 +266,38 @@ class Run:
             share_of_floor=floor / seconds if seconds else None,
             gbytes_per_second=work.bytes / seconds / 1e9 if seconds else None,
             gflops=work.flops / seconds / 1e9 if seconds else None,
-            checks=tuple(asdict(check) for check in self._checks[variant.name]),
+            checks=tuple(asdict(check) for check in self._checks.get(variant.name, ())),
             refused=refused,
             note=note,
-            facts=self._facts[variant.name],
+            facts=self._facts.get(variant.name, {}),
         )
+
+    def _times(self, variant: Variant) -> tuple[float, ...]:
+        """The rounds' times; before the first round that of the call before it."""
+        called = self._called.get(variant.name)
+        return tuple(self._samples[variant.name]) or (() if called is None else (called,))
+
+
+@contextmanager
+def interrupted(seconds: float | None) -> Iterator[None]:
+    """Raise TimeoutError inside the context after so many seconds; None never does.
+
+    Python's own code is interrupted; a call into a library runs to its end first.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not finished after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def ratio(samples: Sequence[float], first: Sequence[float]) -> float | None:

@@ -11,6 +11,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from fedlora_kernels import rules
 from fedlora_kernels.adapters import folder
 from fedlora_kernels.cli import screen
 from fedlora_kernels.cli.program import BadInput, bad_input, require_torch, require_writable
@@ -38,7 +39,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 )
 @click.option(
     "--rule",
-    default="florist",
+    default=rules.preferred(),
     metavar="NAME",
     help="Aggregation rule, see `fedlora rules`.",
 )
@@ -73,8 +74,8 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 @click.option(
     "--heads",
     type=click.Choice(["average", "local"]),
-    help="Tensors beside the factors: averaged, or left with their clients; local for fedsa, "
-    "average otherwise.",
+    help="Tensors beside the factors: averaged, or left with their clients; local by default where "
+    "clients keep models of their own, else average.",
 )
 @click.option("--modules", is_flag=True, help="List every module, however many there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")

@@ -131,6 +131,7 @@ def _self_check(device: str) -> float:
 
     from fedlora_kernels._aggregate import aggregate
     from fedlora_kernels.adapters.adapter import Adapter
+    from fedlora_kernels.rules import preferred
 
     generator = torch.Generator().manual_seed(0)
     clients = []
@@ -142,6 +143,6 @@ def _self_check(device: str) -> float:
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": 4}
         double = {key: tensor.double() for key, tensor in state.items()}
         clients.append(Adapter.from_state_dict(double, config))
-    result = aggregate(clients, rule="florist", energy=1.0, weights=[3, 1], device=device)
+    result = aggregate(clients, rule=preferred(), energy=1.0, weights=[3, 1], device=device)
     ideal = 0.75 * clients[0].delta("layer") + 0.25 * clients[1].delta("layer")
     return float((result.adapter.delta("layer").cpu() - ideal).norm() / ideal.norm())

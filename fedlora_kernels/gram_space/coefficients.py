@@ -4,16 +4,15 @@ Each form knows X and Y, scaling included (for the error, in Gram space), and ho
 factors from a batch with the operator that reads the data once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from fedlora_kernels import ops
-from fedlora_kernels.gram_space.batches import Batch
+from fedlora_kernels.gram_space.batches import Batch, finite
 from fedlora_kernels.gram_space.grams import Grams, Spectrum
 
 
@@ -36,8 +35,10 @@ class Coefficients(Protocol):
     def y(self) -> Tensor:
         """Y, [L,p,R]."""
 
-    def factors(self, batch: Batch, sends: str = "both") -> tuple[Tensor, Tensor]:
-        """B_g [L,m,p] and A_g [L,p,n] in the batch's dtype.
+    def factors(
+        self, batch: Batch, sends: str = "both"
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """B_g [m,p] and A_g [p,n] of every module in the batch's dtype.
 
         Args:
             batch: the clients' factors.
@@ -58,9 +59,12 @@ class Product:
         """1: the scalings are inside X and Y."""
         return torch.ones_like(self.ranks, dtype=torch.float64)
 
-    def factors(self, batch: Batch, sends: str = "both") -> tuple[Tensor, Tensor]:
+    def factors(
+        self, batch: Batch, sends: str = "both"
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """combine."""
-        return ops.combine_list(batch.list_b, batch.list_a, self.x, self.y)
+        b, a = ops.combine_list(batch.list_b, batch.list_a, self.x, self.y)
+        return b.unbind(), a.unbind()
 
 
 @dataclass(frozen=True)
@@ -94,43 +98,49 @@ class Mixture:
     def _identity(self) -> Tensor:
         return torch.eye(self.rank, dtype=self.q.dtype, device=self.q.device)
 
-    def factors(self, batch: Batch, sends: str = "both") -> tuple[Tensor, Tensor]:
+    def factors(
+        self, batch: Batch, sends: str = "both"
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """weighted_sum of the factors that travel. Where only A does, B is zero, since every client
         keeps its own; where only B does, A is the first client's, since all have that one.
         """
-        step, rows = len(batch.clients), batch.size[0]
+        modules, step = len(batch.modules), len(batch.clients)
         if sends == "a":
-            if not bool(get_total_norm(batch.list_b).isfinite()):
+            if not finite(batch.list_b):
                 batch.refuse_non_finite()
-            b = torch.zeros(
-                (len(batch.modules), rows, self.rank), dtype=batch.dtype, device=batch.device
-            )
+            shape = (modules, batch.size[0], self.rank)
+            b = torch.zeros(shape, dtype=batch.dtype, device=batch.device)
         else:
             b = ops.weighted_sum_list(batch.list_b, self.q)
         if sends == "b":
-            return b, torch.stack(batch.list_a[::step])
-        return b, ops.weighted_sum_list(batch.list_a, self.p)
+            return b.unbind(), [a.clone() for a in batch.list_a[::step]]
+        return b.unbind(), ops.weighted_sum_list(batch.list_a, self.p).unbind()
 
 
 @dataclass(frozen=True)
 class Stacked:
     """The stack itself: B_g = B and A_g = D A."""
 
-    scale: Tensor
-    """[L,R], the diagonal of D"""
-    terms: Tensor | None = None
-    """[L,K], what D holds once per client, where it is known"""
+    terms: Tensor
+    """[L,K], what the diagonal of D holds, once per client"""
+    owner: Tensor
+    """[R], which client each stacked rank belongs to"""
+
+    @property
+    def scale(self) -> Tensor:
+        """[L,R], the diagonal of D."""
+        return self.terms[:, self.owner]
 
     @property
     def ranks(self) -> Tensor:
         """R."""
-        modules, rank = self.scale.shape
-        return torch.full((modules,), rank, dtype=torch.int64, device=self.scale.device)
+        modules, device = self.terms.shape[0], self.terms.device
+        return torch.full((modules,), self.owner.shape[0], dtype=torch.int64, device=device)
 
     @property
     def scaling(self) -> Tensor:
         """1: the scalings are inside A."""
-        return torch.ones_like(self.scale[:, 0])
+        return torch.ones_like(self.terms[:, 0])
 
     @property
     def x(self) -> Tensor:
@@ -142,15 +152,26 @@ class Stacked:
         """D."""
         return torch.diag_embed(self.scale)
 
-    def factors(self, batch: Batch, sends: str = "both") -> tuple[Tensor, Tensor]:
-        """B as it is; each row of A scaled and rounded once, which for clients of one rank is a
-        weighted_sum of one term each.
-        """
-        modules, stacked_rank = self.scale.shape
-        if self.terms is None or len(set(batch.ranks)) > 1:
-            return batch.b, (self.scale[:, :, None] * batch.a).to(batch.dtype)
-        a = ops.weighted_sum_list(batch.list_a, self.terms.reshape(-1, 1))
-        return batch.b, a.view(modules, stacked_rank, -1)
+    def factors(self, batch: Batch, sends: str = "both") -> tuple[list[Tensor], list[Tensor]]:
+        """B as it is; each A_k scaled and rounded once: a weighted_sum of one term."""
+        step, b = len(batch.clients), batch.list_b
+        starts = range(0, len(b), step)
+        stacked_b = [torch.cat(b[start : start + step], dim=1) for start in starts]
+        groups = {
+            rank: [k for k, own in enumerate(batch.ranks) if own == rank] for rank in batch.ranks
+        }
+        a = batch.list_a
+        scaled = list(a)
+        for members in groups.values():  # the operator takes factors of one shape
+            places = [start + k for start in starts for k in members]
+            sums = ops.weighted_sum_list(
+                [a[place] for place in places], self.terms[:, members].reshape(-1, 1)
+            )
+            if len(groups) == 1:
+                return stacked_b, list(sums.unflatten(0, (-1, step)).flatten(1, 2))
+            for place, row in zip(places, sums, strict=True):
+                scaled[place] = row
+        return stacked_b, [torch.cat(scaled[start : start + step]) for start in starts]
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,4 @@ class Grams:
     @cached_property
     def membership(self) -> Tensor:
         """Which client each stacked rank belongs to: [R,K] of 0 and 1, float64."""
-        device = self.batch.device
-        owner = torch.arange(len(self.ranks), device=device).repeat_interleave(
-            torch.tensor(self.ranks, device=device)
-        )
-        return torch.nn.functional.one_hot(owner, len(self.ranks)).double()
+        return torch.nn.functional.one_hot(self.batch.owner, len(self.ranks)).double()

@@ -42,8 +42,8 @@ def spectrum(
 
     Returns:
         sigma [L,R] descending, zero where it counts as zero or was not computed; total_energy [L],
-        the sum of all sigma^2; left [L,R,R] with ``B left = U S``; right [L,R,R] with
-        ``right A = V^T``, zero where sigma is; info [L] int64, zero where the solver converged.
+        the sum of all sigma^2; left [L,R,R] with ``B left = U S``; right [L,R,R] with ``right A =
+        V^T``, zero where sigma is; info [L] int64, zero where the solver converged.
 
     Raises:
         ValueError: shapes disagree, energy is outside (0, 1] or max_rank is under 1.

@@ -29,7 +29,7 @@ _RULES: dict[str, type[Rule]] = {
 
 globals().update({kind.__name__: kind for kind in _RULES.values()})
 
-__all__ = ["Option", "Rule", "find", "make", "names", "option"]
+__all__ = ["Option", "Rule", "find", "make", "names", "option", "preferred"]
 __all__ += [kind.__name__ for kind in _RULES.values()]
 
 
@@ -52,6 +52,11 @@ def find(name: str) -> type[Rule]:
     if name not in _RULES:
         raise ValueError(f"unknown rule {name!r}; expected one of {', '.join(_RULES)}")
     return _RULES[name]
+
+
+def preferred() -> str:
+    """The rule that the command line takes where none is named."""
+    return next(name for name, kind in _RULES.items() if kind.preferred)
 
 
 def make(rule: "str | Rule", **options: object) -> Rule:

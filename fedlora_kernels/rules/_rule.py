@@ -65,6 +65,8 @@ class Rule:
     """each factor is averaged by itself, so that one held fixed comes out as it went in"""
     bounded: ClassVar[bool] = False
     """:meth:`widest` is a bound; the rank itself depends on the data"""
+    preferred: ClassVar[bool] = False
+    """the command line takes this rule where none is named"""
     personal: ClassVar[bool]
     """clients keep different models (their own B and heads); there is no merged global one"""
     aggregates: ClassVar[tuple[str, ...]] = ("LORA",)

@@ -28,10 +28,10 @@ class FLoRA(Rule):
     after = "merge"
 
     def solve(self, grams: Grams) -> Solution:
-        """The diagonal D as the coefficients of A."""
+        """D as the coefficients of A."""
         from fedlora_kernels.gram_space.coefficients import Solution, Stacked
 
-        return Solution(Stacked(grams.scale, grams.weights * grams.scalings))
+        return Solution(Stacked(grams.weights * grams.scalings, grams.batch.owner))
 
     def widest(self, ranks: Sequence[int], size: tuple[int, int]) -> int:
         """R = sum_k r_k."""

@@ -33,6 +33,7 @@ class FLoRIST(Rule):
     exact = "best of its rank, rank by energy"
     heterogeneous = True
     bounded = True
+    preferred = True
 
     energy: float = option(0.9, "share of the energy that each module keeps, in (0, 1]")
     rank: int | None = option(None, "a fixed rank instead, capped at min(R, m, n)")

@@ -1,14 +1,17 @@
-"""Choose tiles on the present GPU: ``python -m fedlora_kernels.backends.triton.tune [FILE]``.
+"""Choose tiles on the present GPU.
+
+    python -m fedlora_kernels.backends.triton.tune [FILE] [--continue]
 
 Every candidate runs the same few shapes, stacked, in bfloat16 and float32; the one with the
 smallest geometric mean of times is taken. A candidate that does not compile, does not fit or gives
-a wrong result is left out and said. The choices go to ``tiles/<device name>.json`` or to FILE.
+a wrong result is left out and said. The choices go to ``tiles/<device name>.json`` or to FILE,
+after every kernel; with ``--continue`` the kernels that are in it already are not measured again.
 """
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -135,10 +138,15 @@ def _checked(run: Run, expected: Tensor, timer: Timer) -> float:
 
 
 def chosen(
-    timer: Timer, where: torch.device, shapes: tuple[Shape, ...] = SHAPES
+    timer: Timer,
+    where: torch.device,
+    shapes: tuple[Shape, ...] = SHAPES,
+    known: Collection[str] = (),
 ) -> Iterator[tuple[str, Tile]]:
-    """Every kernel's fastest candidate, as they are found."""
+    """Every kernel's fastest candidate, as they are found; not those of ``known`` kernels."""
     for kernel, candidates in CANDIDATES.items():
+        if kernel in known:
+            continue
         yield kernel, fastest(kernel, timer, where, candidates, shapes)
 
 
@@ -152,17 +160,27 @@ def main(arguments: list[str]) -> None:
     if not able or interpreted():
         raise SystemExit(f"tiles are measured on a GPU: {reason}")
     where = torch.device("cuda" if torch.cuda.is_available() else "xpu", 0)
-    out = Path(arguments[0]) if arguments else tiles.path(device.name(where))
+    files = [argument for argument in arguments if argument != "--continue"]
+    out = Path(files[0]) if files else tiles.path(device.name(where))
     source = f"measured on {device.name(where)}, torch {torch.__version__}, {reason}"
     choices: dict[str, Any] = {"source": source}
-    for kernel, tile in chosen(triton.testing.do_bench, where):
-        print(kernel, tile)
+    if "--continue" in arguments and out.is_file():
+        choices |= json.loads(out.read_text())
+    for kernel, tile in chosen(triton.testing.do_bench, where, known=choices):
+        print(kernel, tile, flush=True)
         choices[kernel] = tile
+        write(out, choices)
+    print(out)
+
+
+def write(out: Path, choices: Mapping[str, Any]) -> None:
+    """A kernel a line, written as a whole."""
     lines = ",\n".join(
         f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in choices.items()
     )
-    out.write_text(f"{{\n{lines}\n}}\n")
-    print(out)
+    new = out.with_name(f"{out.name}.new")
+    new.write_text(f"{{\n{lines}\n}}\n")
+    new.replace(out)
 
 
 if __name__ == "__main__":
