@@ -391,7 +391,7 @@ def sanitize(session: Session, wish: Wish) -> None:
 
 TUNED = """
 import torch
-from fedlora_kernels.triton import tune
+from fedlora_kernels.backends.triton import tune
 shapes = (tune.Shape(1, 12, 70, 5, 3),)
 for kernel in ("weighted_sum", "combine"):
     few = tune.CANDIDATES[kernel][:2]
@@ -409,7 +409,7 @@ def tune(session: Session, wish: Wish) -> None:
         command = [sys.executable, "-c", TUNED]
         session.run("tune", command, 120, FEDLORA_BACKEND="triton", TRITON_INTERPRET="1")
         return
-    command = [sys.executable, "-m", "fedlora_kernels.triton.tune"]
+    command = [sys.executable, "-m", "fedlora_kernels.backends.triton.tune"]
     command += [str(wish.folder / "tiles.json"), "--continue"]
     session.run("tune", command, session.left, FEDLORA_BACKEND="triton")
 
