@@ -81,9 +81,7 @@ format: env
 	$(BIN)/ruff check --fix .
 
 bench: env
-	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
-	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.acceptance
+	$(BIN)/python -m benchmarks.run --suite all --threads 2 --results benchmarks/results
 	$(BIN)/python -m benchmarks.figures
 
 clean:

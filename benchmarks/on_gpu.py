@@ -56,7 +56,7 @@ SANITIZERS = {
 PROCESSES = 16
 """Most of the tests' processes: each has a CUDA context and its inputs in the GPU's memory."""
 ANOTHER_PROCESS = 75
-"""gpu_comparisons' exit status after which a new process can go on."""
+"""benchmarks.run's exit status after which a new process can go on."""
 _TAIL = 2000
 """Characters of a step's output that are kept in the JSON file."""
 _LINES = 2
@@ -294,7 +294,7 @@ def measure(session: Session, wish: Wish) -> None:
     for old in (file, file.with_suffix(".txt")):
         old.unlink(missing_ok=True)
     until = time.monotonic() + (session.left if wish.alone else min(240.0, session.left - 60))
-    command = [sys.executable, "-m", "benchmarks.gpu_comparisons", str(file)]
+    command = [sys.executable, "-m", "benchmarks.run", "--suite", "gpu", "--file", str(file)]
     command += ["--device", wish.device, *["--tiny"] * wish.rehearse]
     while (left := until - time.monotonic()) > 0 or not file.is_file():
         # Half a minute of it for the comparison that runs when its time is up.
@@ -310,8 +310,8 @@ PROFILED = """
 import sys
 import torch
 from fedlora_kernels import ops
-from fedlora_kernels.bench import inputs
-from benchmarks.gpu_comparisons import PROFILED, TINY
+from benchmarks.stand import inputs
+from benchmarks.suites.gpu import PROFILED, TINY
 device = sys.argv[1]
 drawn = inputs.draw(PROFILED if device == "cuda" else TINY[0], device)
 ops.stacked_svd(drawn.b, drawn.a, drawn.scale, 0.9, 64)
@@ -471,7 +471,7 @@ def write(session: Session, wish: Wish, facts: Mapping[str, Any]) -> None:
     rows, tables = wish.folder / "rows.json", wish.folder / "rows.txt"
     found = json.loads(rows.read_text(encoding="utf-8")) if rows.is_file() else {}
     lines = tables.read_text(encoding="utf-8").splitlines() if tables.is_file() else None
-    whole = earlier | found | facts | {"steps": steps}
+    whole: dict[str, Any] = {**earlier, **found, **facts, "steps": steps}
     if lines is not None:
         whole["tables"] = lines
     replace(file, json.dumps(whole, indent=1) + "\n")

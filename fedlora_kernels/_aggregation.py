@@ -160,15 +160,10 @@ class Work:
         clients = round_.clients
         _refuse_kinds(clients, rule)
         rule.validate(clients)
-        self.joined: tuple[Sequence[Adapter], Tensor] | None = None
-        """the clients with what the rule carried over from the last round, and the weights"""
-        if more := rule.joins(carried):
-            weights = round_.weights.new_tensor([weight for _, weight in more])
-            self.joined = (
-                (*clients, *(adapter for adapter, _ in more)),
-                torch.cat([round_.weights, weights]),
-            )
-        self._prepared = rule.prepared(round_.every()) if rule.joint else rule
+        more = rule.joins(carried)
+        self.joined = round_.joined(more) if more else None
+        """the batches with what the rule carried over from the last round, if anything"""
+        self._prepared = rule.prepared(round_.read(self.joined)) if rule.joint else rule
         self._factors: dict[str, Factors] = {}
         self._residuals: dict[str, Factors] = {}
         self._swept: list[dict[float, Swept]] = []

@@ -21,7 +21,7 @@ from fedlora_kernels.adapters import agreement, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.gram_space.batches import stack
 from fedlora_kernels.gram_space.grams import Grams
-from fedlora_kernels.ops.spectrum import negligible
+from fedlora_kernels.ops._spectrum import negligible
 
 ENERGIES = (0.8, 0.9, 0.95, 0.99)
 

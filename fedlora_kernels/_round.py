@@ -113,29 +113,25 @@ class Round:
             for item in chosen
         ]
         reading = [work for work in works if work.reads]
-        sharing = [work for work in reading if not work.joined]
-        for grams in self.every() if sharing else ():
+        sharing = [work for work in reading if work.joined is None]
+        for grams in self.read() if sharing else ():
             for work in sharing:
                 work.take(grams)
         for work in reading:
-            if work.joined:
-                for grams in self._read(self._stacked(*work.joined)):
-                    work.take(grams)
+            for grams in self.read(work.joined) if work.joined else ():
+                work.take(grams)
         results = [work.result() for work in works]
         return results if several is rule else results[0]
 
     def inspect(self, *, energies: Sequence[float] = ENERGIES) -> Inspection:
         """Spectra of the ideal aggregate and similarities of the clients: see :func:`inspect`."""
-        return inspection(self.clients, self.weights, self.every(), energies)
+        return inspection(self.clients, self.weights, self.read(), energies)
 
-    def every(self) -> Iterator[Grams]:
-        """One :class:`Grams` per batch. What it computed is forgotten when the next one is asked
-        for, unless there is room for it in KEPT.
+    def read(self, every: Sequence[Grams] | None = None) -> Iterator[Grams]:
+        """The batches, the round's own when None, one after the other. What one computed is
+        forgotten when the next is asked for, unless there is room for it in KEPT.
         """
-        return self._read(self.grams)
-
-    def _read(self, every: Sequence[Grams]) -> Iterator[Grams]:
-        for grams in every:
+        for grams in self.grams if every is None else every:
             yield grams
             if not self.keeps(grams):
                 grams.forget()
@@ -144,6 +140,12 @@ class Round:
         """Whether these matrices stay: all that the round holds, together with them, fits KEPT."""
         others = sum(other.nbytes for other in self.grams if other is not grams)
         return others + grams.nbytes <= KEPT
+
+    def joined(self, more: Sequence[tuple[Adapter, float]]) -> list[Grams]:
+        """The batches of the clients beside further adapters, whose weights stay as they are."""
+        weights = self.weights.new_tensor([weight for _, weight in more])
+        adapters = (*self.clients, *(adapter for adapter, _ in more))
+        return self._stacked(adapters, torch.cat([self.weights, weights]))
 
     def _stacked(self, adapters: Sequence[Adapter], weights: torch.Tensor) -> list[Grams]:
         batches = stack(adapters, weights, absent=self._absent, device=self._device)

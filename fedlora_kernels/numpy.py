@@ -12,9 +12,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fedlora_kernels import native
+from fedlora_kernels.backends import libraries
 
-native.load_openblas()
+libraries.load_openblas()
 
 from fedlora_kernels import _numpy  # noqa: E402 - needs OpenBLAS in the process
 

@@ -6,11 +6,12 @@ import json
 from rich.console import Console
 
 import fedlora_kernels as flk
-from integration.compare import choose, compare
+from integration.compare import compare
+from integration.rounds.rule import choose
 from integration.settings import from_preset
 
 MESSAGES = [
-    {"role": "user", "content": "Name a colour."},
+    {"role": "user", "content": "Name a color."},
     {"role": "assistant", "content": "Blue."},
 ]
 """A conversation in the form of TRL's data sets."""
@@ -39,11 +40,11 @@ def language(**changes):
     return miniature(**(tiny | changes))
 
 
-def run(out, settings, rules=None, **options):
+def run(out, settings, rules=None, console=None, **options):
     """The summary, and the lines of metrics.jsonl by rule."""
     chosen, _ = choose(settings, explicit=False)
     chosen = [flk.rules.make(name) for name in rules] if rules else chosen
-    summary = compare(settings, chosen, out, Console(quiet=True), **options)
+    summary = compare(settings, chosen, out, console or Console(quiet=True), **options)
     return summary, metrics(out)
 
 

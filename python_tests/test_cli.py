@@ -646,7 +646,7 @@ def test_doctor_reports_versions_backends_and_a_self_check():
     assert (result.code, result.err) == (0, "")
     for text in ("Python", torch.__version__, "CUDA device", "triton", "peft", "numpy", "threads"):
         assert text in result.out
-    for backend in flk.backends():
+    for backend in flk.backends.ordered():
         assert backend.name in result.out
         assert backend.reason in result.out
     (active,) = [line for line in result.out.splitlines() if " active " in line]
@@ -710,6 +710,31 @@ def test_without_torch_the_doctor_works_and_the_others_say_what_is_missing(here)
 
 
 def test_the_commands_modules_import_no_torch():
-    """The package itself registers operators, so it is this folder alone that stays light."""
+    """Whatever a command needs, it imports when it runs."""
     code = f"{NO_TORCH}\nimport fedlora_kernels.cli\nassert 'numpy' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+
+
+def test_bench_without_a_checkout_says_so_in_one_line(tmp_path, monkeypatch) -> None:
+    """As a wheel in site-packages: benchmarks/ is not part of the package."""
+    import fedlora_kernels
+
+    installed = tmp_path / "site-packages" / "fedlora_kernels" / "__init__.py"
+    monkeypatch.setattr(fedlora_kernels, "__file__", str(installed))
+    done = run("bench")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.strip().count("\n") == 0
+    assert "needs a source checkout" in done.err
+
+
+def test_bench_runs_the_short_suite_of_the_checkout(monkeypatch) -> None:
+    from benchmarks import run as program
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(program, "main", lambda arguments: asked.append(arguments) or 1)
+    assert run("bench", "--threads", "2", "--out", "results").code == 1
+    assert run("bench", "--long", "--device", "cuda").code == 1
+    assert asked == [
+        ["--suite", "short", "--device", "cpu", "--threads", "2", "--results", "results"],
+        ["--suite", "long", "--device", "cuda"],
+    ]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fedlora_kernels as flk
-from integration.federation import Federation
-from integration.server import Server
+from integration.rounds.federation import Federation
+from integration.rounds.server import Server
 
 pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")
 

@@ -9,13 +9,14 @@ import pytest
 from miniature import metrics, miniature, run
 
 import fedlora_kernels as flk
-from integration import charts, files
-from integration.engine import LocalEngine
-from integration.report import write_report
-from integration.series import read_run
+from integration import files
+from integration.report import figures
+from integration.report.html import write_report
+from integration.report.series import read_run
+from integration.report.table import MISSING
+from integration.rounds.engine import LocalEngine
+from integration.rounds.state import place, read_state
 from integration.settings import SettingsError
-from integration.state import place, read_state
-from integration.table import MISSING
 
 
 class Cancelling(LocalEngine):
@@ -64,7 +65,7 @@ def test_an_error_beside_updates_that_cancel_is_null(tmp_path):
     for entry in lines["fedit"]:
         assert entry["relative_error"] is None
         assert {module["relative_error"] for module in entry["modules"].values()} == {None}
-    drawn = re.findall(r"<!-- (.*?) -->", charts.errors(read_run(tmp_path).rules))
+    drawn = re.findall(r"<!-- (.*?) -->", figures.errors(read_run(tmp_path).rules))
     assert MISSING in drawn
     assert "0" in drawn
     page = write_report(tmp_path).read_text()

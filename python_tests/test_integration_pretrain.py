@@ -8,9 +8,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from integration.__main__ import main
-from integration.federation import Federation
-from integration.loading import SHAPES, shape
-from integration.pretrain import HELD_OUT, Pretraining, _texts, pretrain, recipe
+from integration.model.loading import SHAPES, shape
+from integration.model.pretrain import HELD_OUT, Pretraining, _texts, pretrain, recipe
+from integration.rounds.federation import Federation
 from integration.settings import SettingsError, from_preset
 from integration.tasks import TASKS
 from integration.tasks.arithmetic import problems, sums
@@ -70,18 +70,18 @@ def test_a_federation_starts_from_it(small, tmp_path):
         train_size=64,
         shared_per_class=0,
     )
-    assert Federation.build(settings).judge().loss < 5.5
+    assert Federation.build(settings).evaluate().loss < 5.5
 
 
 def test_test_splits_are_left_out():
     """A test split of a fifth of a task has the lowest hashes; the training has none of them."""
     for level in (1, 3):
-        task = TASKS["arithmetic"](test_size=1200, level=level, examples=6000)
+        task = TASKS["arithmetic"].load(test_size=1200, level=level, examples=6000)
         tests = {example.text + example.completion for example in task.test}
         trained = set(_texts(problems(level, 40, 6000, 0)))
         assert all(hashed(text)[0] <= HELD_OUT + 4 for text in tests)
         assert len(trained & tests) <= 0.05 * len(tests)
-        smaller = TASKS["arithmetic"](test_size=1000, level=level, examples=6000)
+        smaller = TASKS["arithmetic"].load(test_size=1000, level=level, examples=6000)
         assert not trained & {example.text + example.completion for example in smaller.test}
 
 

@@ -14,13 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_comparisons, on_gpu
-from fedlora_kernels.bench import measure
-from fedlora_kernels.bench.correctness import Check
-from fedlora_kernels.bench.device import Device
-from fedlora_kernels.bench.measure import Comparison, Run, Variant
-from fedlora_kernels.bench.roofline import Roofline, Work
-from fedlora_kernels.bench.shapes import Case, equal
+from benchmarks import on_gpu
+from benchmarks import run as program
+from benchmarks.stand import measure
+from benchmarks.stand import sheet as sheets
+from benchmarks.stand.correctness import Check
+from benchmarks.stand.device import Device
+from benchmarks.stand.measure import Comparison, Run, Variant
+from benchmarks.stand.roofline import Roofline, Work
+from benchmarks.stand.shapes import Case, equal
+from benchmarks.stand.sheet import Sheet
+from benchmarks.stand.suite import Make, Suite
+from benchmarks.suites import gpu
 
 CPU = Device.use("cpu", 1)
 ROOF = Roofline(1e9, 1e9, 2e9)
@@ -175,7 +180,7 @@ def test_measuring_goes_on_in_another_process(
     monkeypatch.setattr(session, "run", run)
     on_gpu.measure(session, wish(session.folder))
     assert resumed == [False, True, True]
-    assert on_gpu.ANOTHER_PROCESS == gpu_comparisons.ANOTHER_PROCESS
+    assert on_gpu.ANOTHER_PROCESS == program.ANOTHER_PROCESS
 
 
 def test_one_architecture_for_one_device() -> None:
@@ -279,17 +284,23 @@ def test_a_slow_peer_runs_once_and_ours_repeatedly() -> None:
 
 
 @pytest.fixture
-def sheet(tmp_path: Path) -> gpu_comparisons.Sheet:
-    return gpu_comparisons.Sheet(tmp_path / "rows.json", CPU, ROOF)
+def sheet(tmp_path: Path) -> Sheet:
+    return Sheet("gpu", CPU, ROOF, tmp_path / "rows.json", tmp_path / "rows.txt")
 
 
-def written(sheet: gpu_comparisons.Sheet) -> dict[str, Any]:
+def measured(chosen: dict[str, Make], sheet: Sheet, left: float = 60) -> bool:
+    suite = Suite("gpu", lambda _: chosen, patience_s=20)
+    return sheets.measure(suite, chosen, sheet, time.monotonic() + left)
+
+
+def written(sheet: Sheet) -> dict[str, Any]:
+    assert sheet.file is not None
     found: dict[str, Any] = json.loads(sheet.file.read_text(encoding="utf-8"))
     return found
 
 
 def test_rows_are_written_as_they_are_made(
-    sheet: gpu_comparisons.Sheet, monkeypatch: pytest.MonkeyPatch
+    sheet: Sheet,
 ) -> None:
     """What is in the file while the last peer runs is there if that one never comes back."""
     seen: list[tuple[list[tuple[str, bool]], str]] = []
@@ -304,13 +315,12 @@ def test_rows_are_written_as_they_are_made(
         variant("broken", broken, "peer"),
         variant("last", look, "peer"),
     )
-    compared = [("gram", lambda _: Comparison("gram", CASE, variants))]
-    monkeypatch.setattr(gpu_comparisons, "comparisons", lambda *_: compared)
-    assert gpu_comparisons.measure([CASE], CPU, sheet, time.monotonic() + 60)
+    assert measured({f"gram {CASE}": lambda _: Comparison("gram", CASE, variants)}, sheet)
     assert seen[0] == ([("ours", True), ("broken", False)], f"gram {CASE}")
     found = written(sheet)
     assert [row["variant"] for row in found["rows"]] == ["ours", "broken", "last"]
     assert (found["finished"], found["begun"]) == ([f"gram {CASE}"], "")
+    assert sheet.file is not None
     text = sheet.file.with_suffix(".txt").read_text(encoding="utf-8")
     assert "no time: gram test module" in text
     assert "broken: RuntimeError: no convergence" in text.replace("\n", " ")
@@ -318,25 +328,25 @@ def test_rows_are_written_as_they_are_made(
 
 
 def test_another_process_goes_on_after_the_comparison_that_ended_the_first(
-    sheet: gpu_comparisons.Sheet, monkeypatch: pytest.MonkeyPatch
+    sheet: Sheet,
 ) -> None:
     ran: list[str] = []
 
-    def comparison(name: str, ends: bool = False) -> tuple[str, Callable[[Any], Comparison]]:
+    def comparison(name: str, ends: bool = False) -> tuple[str, Make]:
         def compare(_: Any) -> Comparison:
             ran.append(name)
             if ends:
                 raise KeyboardInterrupt
             return Comparison(name, CASE, (variant("ours", lambda: None),))
 
-        return name, compare
+        return f"{name} {CASE}", compare
 
-    compared = [comparison("gram"), comparison("spectrum", ends=True), comparison("combine")]
-    monkeypatch.setattr(gpu_comparisons, "comparisons", lambda *_: compared)
+    compared = dict([comparison("gram"), comparison("spectrum", ends=True), comparison("combine")])
     with pytest.raises(KeyboardInterrupt):
-        gpu_comparisons.measure([CASE], CPU, sheet, time.monotonic() + 60)
-    resumed = gpu_comparisons.Sheet.resumed(sheet.file, CPU)
-    assert gpu_comparisons.measure([CASE], CPU, resumed, time.monotonic() + 60)
+        measured(compared, sheet)
+    assert sheet.file is not None
+    resumed = Sheet.resumed(sheet.file, CPU)
+    assert measured(compared, resumed)
     assert ran == ["gram", "spectrum", "combine"]
     found = written(resumed)
     assert [row["stage"] for row in found["rows"]] == ["gram", "combine"]
@@ -345,27 +355,26 @@ def test_another_process_goes_on_after_the_comparison_that_ended_the_first(
 
 
 def test_a_device_that_stops_answering_asks_for_another_process(
-    sheet: gpu_comparisons.Sheet, monkeypatch: pytest.MonkeyPatch
+    sheet: Sheet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared = [
-        (name, lambda _: Comparison("gram", CASE, (variant("ours", broken),)))
+    compared: dict[str, Make] = {
+        f"{name} {CASE}": lambda _: Comparison("gram", CASE, (variant("ours", broken),))
         for name in ("gram", "combine")
-    ]
-    monkeypatch.setattr(gpu_comparisons, "comparisons", lambda *_: compared)
-    monkeypatch.setattr(gpu_comparisons, "answers", lambda _: False)
-    assert not gpu_comparisons.measure([CASE], CPU, sheet, time.monotonic() + 60)
+    }
+    monkeypatch.setattr(sheets, "answers", lambda _: False)
+    assert not measured(compared, sheet)
     assert written(sheet)["finished"] == [f"gram {CASE}"]
 
 
-def test_what_comes_too_late_is_named(sheet: gpu_comparisons.Sheet) -> None:
-    assert gpu_comparisons.measure([CASE], CPU, sheet, 0.0)
+def test_what_comes_too_late_is_named(sheet: Sheet) -> None:
+    assert measured(dict(gpu.SUITE.comparisons(CPU)), sheet, left=-1)
     reasons = set(written(sheet)["left_out"].values())
     assert reasons == {"out of time"}
 
 
 def test_the_hard_cases_come_first() -> None:
-    first, second, third, *_ = gpu_comparisons.CASES
+    first, second, third, *_ = gpu.CASES
     assert (first.stacked_rank, second.modules, third.modules) == (512, 224, 2)
     cuda = replace(CPU, torch_device=torch.device("cuda"))
-    names = [name for name, _ in gpu_comparisons.comparisons(first, cuda)]
-    assert names[:3] == ["stacked_svd", "spectrum", "eigenproblems"]
+    names = list(gpu.SUITE.comparisons(cuda))
+    assert names[:3] == [f"{name} {first}" for name in ("stacked_svd", "spectrum", "eigenproblems")]

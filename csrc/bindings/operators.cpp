@@ -38,7 +38,8 @@ std::runtime_error in_module(int64_t module, const std::exception& error) {
 void grams_of(const Host& host, const Side& x, const std::string& precision) {
   const int64_t rank = x.rank();
   double* out = doubles(host.allocate(Scalar::fp64, {x.modules(), rank, rank}));
-  over_modules(x.modules(), host.threads, [&](int64_t module, int threads) {
+  if (x.modules() == 0) return;
+  over_modules(x.modules(), gram_nanoseconds(x[0]), host.threads, [&](int64_t module, int threads) {
     fedlora::gram(x[module], precision == "fast", threads, out + module * rank * rank);
   });
 }
@@ -52,12 +53,13 @@ void combined(const Host& host, const Side& b, const Side& a, const Array& x, co
   const Doubles right(y);
   const Array b_g = host.allocate(b.scalar(), {modules, b.depth(), width});
   const Array a_g = host.allocate(b.scalar(), {modules, width, a.depth()});
-  over_modules(modules, host.threads, [&](int64_t module, int threads) {
+  if (modules == 0) return;
+  const double nanoseconds = combine_nanoseconds(b[0], width) + combine_nanoseconds(a[0], width);
+  over_modules(modules, nanoseconds, host.threads, [&](int64_t module, int threads) {
     const int64_t offset = module * rank * width;
-    combine_left(b[module], left.get() + offset, width, width, single, threads,
-                 module_of(b_g, module));
-    combine_right(a[module], right.get() + offset, width, width, single, threads,
-                  module_of(a_g, module));
+    const Coefficients coefficients = {left.get() + offset, right.get() + offset, width, width};
+    fedlora::combine(b[module], a[module], coefficients, single, threads, module_of(b_g, module),
+                     module_of(a_g, module));
   });
 }
 
@@ -71,7 +73,9 @@ void svds_of(const Host& host, const Side& b, const Side& a, const Array& scale,
   const Array a_g = host.allocate(b.scalar(), {modules, width, a.depth()});
   double* sigma = doubles(host.allocate(Scalar::fp64, {modules, rank}));
   int64_t* ranks = integers(host.allocate(Scalar::int64, {modules}));
-  over_modules(modules, host.threads, [&](int64_t module, int threads) {
+  if (modules == 0) return;
+  const double nanoseconds = stacked_svd_nanoseconds(b[0], a[0]);
+  over_modules(modules, nanoseconds, host.threads, [&](int64_t module, int threads) {
     const SvdResult result = {module_of(b_g, module), module_of(a_g, module), sigma + module * rank,
                               ranks + module};
     try {
@@ -96,7 +100,9 @@ void flora_na_of(const Host& host, const Side& b, const Side& a, const Array& we
   double* q = doubles(host.allocate(Scalar::fp64, {modules, clients}));
   const int64_t steps = kSurrogate.max_sweeps + 1;
   double* objective = doubles(host.allocate(Scalar::fp64, {modules, steps}));
-  over_modules(modules, host.threads, [&](int64_t module, int threads) {
+  if (modules == 0) return;
+  const double nanoseconds = gram_nanoseconds(b[0]) + gram_nanoseconds(a[0]);
+  over_modules(modules, nanoseconds, host.threads, [&](int64_t module, int threads) {
     const FloraNaResult result = {module_of(b_hat, module), module_of(a_hat, module),
                                   p + module * clients, q + module * clients,
                                   objective + module * steps};
@@ -112,13 +118,16 @@ void averages_of(const Host& host, const std::vector<const void*>& sources, cons
   const int64_t modules = out.size(0);
   if (modules == 0) return;
   const int64_t clients = static_cast<int64_t>(sources.size()) / modules;
-  over_modules(modules, host.threads, [&](int64_t module, int threads) {
+  const DType dtype = factor_type(out.scalar);
+  const auto runs_of = [&](int64_t module) -> Runs {
     const int64_t start = module * clients;
-    const Runs runs = {sources.data() + start, strides.data() + start, clients, layout.rows,
-                       layout.columns};
-    fedlora::weighted_sum(factor_type(out.scalar), runs, weights + start, threads,
-                          module_of(out, module));
-  });
+    return {sources.data() + start, strides.data() + start, clients, layout.rows, layout.columns};
+  };
+  over_modules(modules, weighted_sum_nanoseconds(dtype, runs_of(0)), host.threads,
+               [&](int64_t module, int threads) {
+                 fedlora::weighted_sum(dtype, runs_of(module), weights + module * clients, threads,
+                                       module_of(out, module));
+               });
 }
 
 }  // namespace
@@ -148,7 +157,7 @@ void spectrum(const Host& host, const Array& gram_b, const Array& gram_a, const 
   double* left = doubles(host.allocate(Scalar::fp64, {modules, rank, rank}));
   double* right = doubles(host.allocate(Scalar::fp64, {modules, rank, rank}));
   int64_t* info = integers(host.allocate(Scalar::int64, {modules}));
-  over_modules(modules, host.threads, [&](int64_t module, int) {
+  over_modules(modules, spectrum_nanoseconds(rank), host.threads, [&](int64_t module, int) {
     const Spectrum found(rank, grams_b.get() + module * square, grams_a.get() + module * square,
                          scales.get() + module * rank, 0, energy, max_rank.value_or(rank));
     const int64_t count = found.converged() ? found.count() : 0;

@@ -11,6 +11,21 @@
 
 namespace fedlora {
 
+// X [R, used] and Y [used, R], row-major.
+struct Coefficients {
+  const double* x;
+  const double* y;
+  int64_t used;
+  int64_t width;  // of the results
+};
+
+// Both sides, by one team: b_g [m, width] in B's type, a_g [width, n] in A's.
+void combine(const Factors& b, const Factors& a, const Coefficients& coefficients, bool single,
+             int threads, void* b_g, void* a_g);
+
+// About how long a side takes one thread.
+double combine_nanoseconds(const Factors& x, int64_t used);
+
 // x [R, used] row-major, out [m, width] in B's type.
 void combine_left(const Factors& b, const double* x, int64_t used, int64_t width, bool single,
                   int threads, void* out);

@@ -24,6 +24,7 @@ namespace fedlora {
 namespace {
 
 constexpr int64_t kChunk = 256;
+constexpr double kSpeed = 20;  // operations a nanosecond of one thread
 
 // Terms [start, start + count) of the long dimension in float64: [count, R] for the B side (row by
 // row), [R, count] for the A side.
@@ -76,22 +77,25 @@ Buffer<double> side_gram(const Factors& far, int64_t d, const double* near, int 
   const int64_t rank = far.rank;
   Buffer<double> sums[2] = {Buffer<double>(d * d), Buffer<double>(d * d)};
   Buffer<double> norms[2] = {Buffer<double>(rank), Buffer<double>(rank)};
-  parallel_for(2, threads, [&](int64_t half) {
-    double* sum = sums[half].get();
-    std::fill_n(sum, d * d, 0.0);
-    std::fill_n(norms[half].get(), rank, 0.0);
-    const Buffer<double> chunk(rank * kChunk);
-    const Buffer<double> dense(d * kChunk);
-    for (int64_t start = half * kChunk; start < far.depth; start += 2 * kChunk) {
-      const int64_t count = std::min(kChunk, far.depth - start);
-      widen(far, start, count, chunk.get());
-      // Column-major: an A chunk is [count, R] and enters transposed, a B chunk is [R, count].
-      lapack::gemm(false, far.rows, d, count, rank, 1, near, d, chunk.get(),
-                   far.rows ? count : rank, 0, dense.get(), d);
-      lapack::syrk(d, count, dense.get(), d, 1, sum, d);
-      add_squares(far.rows, rank, count, chunk.get(), norms[half].get());
-    }
-  });
+  const double flops = static_cast<double>(d) * static_cast<double>(d + 2 * rank);
+  parallel_for(2, team(static_cast<double>(far.depth) * flops / kSpeed, threads),
+               [&](int64_t half) {
+                 double* sum = sums[half].get();
+                 std::fill_n(sum, d * d, 0.0);
+                 std::fill_n(norms[half].get(), rank, 0.0);
+                 const Buffer<double> chunk(rank * kChunk);
+                 const Buffer<double> dense(d * kChunk);
+                 for (int64_t start = half * kChunk; start < far.depth; start += 2 * kChunk) {
+                   const int64_t count = std::min(kChunk, far.depth - start);
+                   widen(far, start, count, chunk.get());
+                   // Column-major: an A chunk is [count, R] and enters transposed, a B chunk is [R,
+                   // count].
+                   lapack::gemm(false, far.rows, d, count, rank, 1, near, d, chunk.get(),
+                                far.rows ? count : rank, 0, dense.get(), d);
+                   lapack::syrk(d, count, dense.get(), d, 1, sum, d);
+                   add_squares(far.rows, rank, count, chunk.get(), norms[half].get());
+                 }
+               });
   for (int64_t j = 0; j < d; ++j) {
     for (int64_t i = j; i < d; ++i) sums[0][j * d + i] += sums[1][j * d + i];
   }

@@ -33,7 +33,7 @@ void flora_na(const Factors& b, const Factors& a, int64_t clients, const double*
   {
     const Buffer<double> gram_b(b.rank * b.rank);
     const Buffer<double> gram_a(a.rank * a.rank);
-    parallel_for(2, threads, [&](int64_t side) {
+    parallel_for(2, team(gram_nanoseconds(b) + gram_nanoseconds(a), threads), [&](int64_t side) {
       gram(side == 0 ? b : a, fast, threads / 2, (side == 0 ? gram_b : gram_a).get());
     });
     surrogate(clients, b.rank / clients, gram_b.get(), gram_a.get(), weights, scale, options,

@@ -14,4 +14,7 @@ namespace fedlora {
 // g: [R, R] row-major, exactly symmetric.
 void gram(const Factors& x, bool fast, int threads, double* g);
 
+// About how long that takes one thread.
+double gram_nanoseconds(const Factors& x);
+
 }  // namespace fedlora

@@ -38,7 +38,7 @@ void svd_by_grams(const Factors& b, const Factors& a, const double* scale,
   const int64_t rank = b.rank;
   const Buffer<double> gram_b(rank * rank);
   const Buffer<double> gram_a(rank * rank);
-  parallel_for(2, threads, [&](int64_t side) {
+  parallel_for(2, team(gram_nanoseconds(b) + gram_nanoseconds(a), threads), [&](int64_t side) {
     gram(side == 0 ? b : a, options.fast, threads / 2, (side == 0 ? gram_b : gram_a).get());
   });
 
@@ -68,8 +68,8 @@ void svd_by_grams(const Factors& b, const Factors& a, const double* scale,
   } else {
     spectrum.right(p, y.get());
   }
-  combine_left(b, x.get(), p, options.width, options.fast, threads, result.b_g);
-  combine_right(a, y.get(), p, options.width, options.fast, threads, result.a_g);
+  combine(b, a, {x.get(), y.get(), p, options.width}, options.fast, threads, result.b_g,
+          result.a_g);
 }
 
 }  // namespace fedlora

@@ -42,6 +42,15 @@ struct Kernels {
   void (*weighted_sum)(DType dtype, const void* const* sources, const double* weights,
                        int64_t clients, int64_t count, void* out);
 
+  // The symmetric a [n, n] (both triangles, destroyed) as Q T Q^T: T in diagonal [n] and beside
+  // [n - 1]; Q as reflectors in the layout of LAPACK's dsytrd("L"), with tau [n]. scratch: 4 n + 64
+  // numbers.
+  void (*tridiagonal)(int64_t n, double* a, double* diagonal, double* beside, double* tau,
+                      double* scratch);
+
+  // c = Q c for the Q of tridiagonal(), c [n, count] column-major.
+  void (*apply_reflectors)(int64_t n, int64_t count, const double* a, const double* tau, double* c);
+
   // wide[i] = x[i] in float64.
   void (*widen)(DType dtype, const void* x, int64_t count, double* wide);
 

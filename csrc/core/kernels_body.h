@@ -384,9 +384,185 @@ void narrow_all(DType dtype, const double* from, int64_t count, void* x) {
   });
 }
 
+// Small symmetric eigenproblems
+
+using Wide = Vector<double>;
+constexpr int64_t kWide = kLanes<double>;
+constexpr int64_t kTogether = 4;  // rows or columns that share what they load
+constexpr int64_t kBlock = kTogether > kWide ? kTogether : kWide;
+
+inline double total(Wide sums) {
+  double sum = 0;
+  for (int64_t lane = 0; lane < kWide; ++lane) sum += sums[lane];
+  return sum;
+}
+
+inline double dot(const double* x, const double* y, int64_t count) {
+  Wide sums = {};
+  int64_t i = 0;
+  for (; i + kWide <= count; i += kWide) {
+    sums += *reinterpret_cast<const Wide*>(x + i) * *reinterpret_cast<const Wide*>(y + i);
+  }
+  double sum = total(sums);
+  for (; i < count; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+struct Beside {  // a block on the diagonal: both its triangles are there
+  static constexpr bool kBelow = false;
+};
+struct Right {
+  static constexpr bool kBelow = true;
+};
+
+// kCount rows of the upper triangle from row `row` on, in whole blocks of kBlock x kBlock beside
+// the diagonal: a -= v w^T + w v^T there, then image += a next, what lies right of the diagonal
+// block for the rows below too.
+template <int64_t kCount>
+[[gnu::always_inline]] inline void update_rows(int64_t n, int64_t row, double* a, const double* v,
+                                               const double* w, const double* next, double* image) {
+  const int64_t start = row / kBlock * kBlock;
+  const int64_t end = start + kBlock < n ? start + kBlock : n;
+  a += row * n;
+  Wide sums[kCount] = {};
+  double rest[kCount] = {};
+  const auto pass = [&](int64_t from, int64_t to, auto place_of) __attribute__((always_inline)) {
+    constexpr bool kBelow = decltype(place_of)::kBelow;
+    int64_t j = from;
+    for (; j + kWide <= to; j += kWide) {
+      const Wide left = *reinterpret_cast<const Wide*>(v + j);
+      const Wide right = *reinterpret_cast<const Wide*>(w + j);
+      const Wide onto = *reinterpret_cast<const Wide*>(next + j);
+      Wide down = *reinterpret_cast<const Wide*>(image + j);
+      FEDLORA_UNROLL
+      for (int64_t i = 0; i < kCount; ++i) {
+        Wide* place = reinterpret_cast<Wide*>(a + i * n + j);
+        const Wide value = *place - right * v[row + i] - left * w[row + i];
+        *place = value;
+        sums[i] += value * onto;
+        if (kBelow) down += value * next[row + i];
+      }
+      if (kBelow) *reinterpret_cast<Wide*>(image + j) = down;
+    }
+    for (; j < to; ++j) {
+      for (int64_t i = 0; i < kCount; ++i) {
+        const double value = a[i * n + j] - w[j] * v[row + i] - v[j] * w[row + i];
+        a[i * n + j] = value;
+        rest[i] += value * next[j];
+        if (kBelow) image[j] += value * next[row + i];
+      }
+    }
+  };
+  pass(start, end, Beside{});
+  pass(end, n, Right{});
+  for (int64_t i = 0; i < kCount; ++i) image[row + i] += total(sums[i]) + rest[i];
+}
+
+// Householder's reduction. The update of one step, v w^T + w v^T, and the product of the next, A
+// times its reflector, pass over the upper triangle together.
+void tridiagonal(int64_t n, double* a, double* diagonal, double* beside, double* tau,
+                 double* scratch) {
+  const int64_t length = round_up(n, 8);
+  double* v = scratch;  // zero up to the row they start in, as are w and next
+  double* w = v + length;
+  double* next = w + length;
+  double* image = next + length;
+  for (int64_t i = 0; i < 4 * length; ++i) scratch[i] = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    double* row = a + k * n;
+    for (int64_t j = k; j < n; ++j) row[j] = row[j] - w[j] * v[k] - v[j] * w[k];
+    diagonal[k] = row[k];
+    tau[k] = 0;
+    next[k] = 0;
+    if (k + 1 == n) break;
+    const int64_t first = k + 1;
+    const double square = dot(row + first + 1, row + first + 1, n - first - 1);
+    beside[k] = row[first];
+    for (int64_t j = first; j < n; ++j) next[j] = 0;
+    if (square > 0) {
+      const double length_of = __builtin_sqrt(row[first] * row[first] + square);
+      const double beta = row[first] > 0 ? -length_of : length_of;
+      const double inverse = 1 / (row[first] - beta);
+      tau[k] = (beta - row[first]) / beta;
+      beside[k] = beta;
+      next[first] = 1;
+      for (int64_t j = first + 1; j < n; ++j) next[j] = row[j] = row[j] * inverse;
+    }
+    for (int64_t j = first; j < n; ++j) image[j] = 0;
+    int64_t i = first;
+    for (; i < n && i % kTogether != 0; ++i) update_rows<1>(n, i, a, v, w, next, image);
+    for (; i + kTogether <= n; i += kTogether) {
+      update_rows<kTogether>(n, i, a, v, w, next, image);
+    }
+    for (; i < n; ++i) update_rows<1>(n, i, a, v, w, next, image);
+    const double along = tau[k] * tau[k] / 2 * dot(image + first, next + first, n - first);
+    w[k] = 0;
+    for (int64_t j = first; j < n; ++j) {
+      w[j] = tau[k] * image[j] - along * next[j];
+      v[j] = next[j];
+    }
+    v[k] = 0;
+  }
+}
+
+template <int64_t kCount>
+[[gnu::always_inline]] inline void reflect(int64_t count, int64_t stride, const double* v,
+                                           double tau, double* c) {
+  Wide sums[kCount] = {};
+  double along[kCount];
+  int64_t j = 0;
+  for (; j + kWide <= count; j += kWide) {
+    const Wide direction = *reinterpret_cast<const Wide*>(v + j);
+    FEDLORA_UNROLL
+    for (int64_t i = 0; i < kCount; ++i) {
+      sums[i] += direction * *reinterpret_cast<const Wide*>(c + i * stride + j);
+    }
+  }
+  for (int64_t i = 0; i < kCount; ++i) {
+    along[i] = c[i * stride - 1] + total(sums[i]);
+    for (int64_t t = j; t < count; ++t) along[i] += v[t] * c[i * stride + t];
+    along[i] *= tau;
+    c[i * stride - 1] -= along[i];
+  }
+  for (j = 0; j + kWide <= count; j += kWide) {
+    const Wide direction = *reinterpret_cast<const Wide*>(v + j);
+    FEDLORA_UNROLL
+    for (int64_t i = 0; i < kCount; ++i) {
+      *reinterpret_cast<Wide*>(c + i * stride + j) -= direction * along[i];
+    }
+  }
+  for (; j < count; ++j) {
+    for (int64_t i = 0; i < kCount; ++i) c[i * stride + j] -= v[j] * along[i];
+  }
+}
+
+void apply_reflectors(int64_t n, int64_t count, const double* a, const double* tau, double* c) {
+  for (int64_t k = n - 3; k >= 0; --k) {
+    if (tau[k] == 0) continue;
+    const double* v = a + k * n + k + 2;  // after its leading 1
+    int64_t i = 0;
+    for (; i + kTogether <= count; i += kTogether) {
+      reflect<kTogether>(n - k - 2, n, v, tau[k], c + i * n + k + 2);
+    }
+    for (; i < count; ++i) reflect<1>(n - k - 2, n, v, tau[k], c + i * n + k + 2);
+  }
+}
+
 constexpr Kernels kTable = {
-    FEDLORA_ISA_NAME, kColumns<double>, gram,  gram_scratch, pack_left, packed_size, left, right,
-    combine_scratch,  weighted_sum,     widen, narrow_all,
+    FEDLORA_ISA_NAME,
+    kColumns<double>,
+    gram,
+    gram_scratch,
+    pack_left,
+    packed_size,
+    left,
+    right,
+    combine_scratch,
+    weighted_sum,
+    tridiagonal,
+    apply_reflectors,
+    widen,
+    narrow_all,
 };
 
 }  // namespace

@@ -42,6 +42,22 @@ int64_t pivoted_cholesky(int64_t n, double* a, int64_t lda, int64_t* pivot, doub
 // the solver did not converge.
 bool symmetric_eigen(int64_t n, double* a, double* values);
 
+// All eigenvalues, ascending, of the symmetric tridiagonal T with diagonal [n] and beside [n - 1],
+// in its diagonal; destroys beside. False: not converged.
+bool tridiagonal_values(int64_t n, double* diagonal, double* beside);
+
+// All eigenvalues of T, ascending, in its diagonal, and its eigenvectors [n, n]; destroys beside.
+// False: not converged.
+bool tridiagonal_eigen(int64_t n, double* diagonal, double* beside, double* vectors);
+
+// Eigenvectors [n, count] of T for its eigenvalues `values` (ascending), by inverse iteration.
+// False: not all converged.
+bool tridiagonal_vectors(int64_t n, const double* diagonal, const double* beside, int64_t count,
+                         const double* values, double* vectors);
+
+// C = Q C, C [n, count], for the Q of Kernels::tridiagonal.
+void apply_tridiagonal_q(int64_t n, int64_t count, const double* a, const double* tau, double* c);
+
 // Thin QR in place: R in the upper triangle, reflectors below, tau [min(m, n)].
 void qr(int64_t m, int64_t n, double* a, double* tau);
 

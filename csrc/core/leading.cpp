@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
 #include "lapack.h"
 
 namespace fedlora {
 namespace {
 
-constexpr int64_t kSmall = 64;       // dsyevd takes 0.2 ms here; a Krylov space is no faster
+constexpr int64_t kSmall = 256;      // up to here a tridiagonal matrix is no slower, come what may
+constexpr int64_t kFewest = 3;       // one eigenvector in so many is few: inverse iteration pays
+constexpr int kLargest = 400;        // exponent beyond which M is scaled before it is reduced
 constexpr int64_t kBlock = 16;       // the commonest LoRA rank: what one shared A contributes
 constexpr double kConverged = 1e-9;  // residual over theta_1; theta errs by its square
 constexpr int64_t kPasses = 5;       // of orthogonalisation; two suffice but for lost directions
@@ -194,19 +197,80 @@ class Krylov {
   double threshold_ = 0;
 };
 
-Eigenpairs all_eigenpairs(int64_t n, double* m) {
-  Eigenpairs found;
-  Buffer<double> ascending(n);
-  found.converged = lapack::symmetric_eigen(n, m, ascending.get());
-  found.count = n;
-  found.values = Buffer<double>(n);
-  found.vectors = Buffer<double>(n * n);
-  for (int64_t i = 0; i < n; ++i) {
-    found.values[i] = std::max(ascending[n - 1 - i], 0.0);
-    std::copy_n(m + (n - 1 - i) * n, n, found.vectors.get() + i * n);
-  }
-  return found;
+// V (3 - V^T V) / 2: columns that are orthonormal to 1e-8 become so to rounding.
+void orthonormalise(int64_t n, int64_t count, double* vectors) {
+  const Buffer<double> products(count * count);
+  const Buffer<double> copy(n * count);
+  std::copy_n(vectors, n * count, copy.get());
+  lapack::gemm(true, false, count, count, n, 1, vectors, n, vectors, n, 0, products.get(), count);
+  lapack::gemm(false, false, n, count, count, -0.5, copy.get(), n, products.get(), count, 1.5,
+               vectors, n);
 }
+
+// M = Q T Q^T: all eigenvalues of T, and only as many of its eigenvectors as are wanted.
+class Tridiagonal {
+ public:
+  Tridiagonal(int64_t n, double* m, double trace)
+      : n_(n), m_(m), diagonal_(n), beside_(n), tau_(n), values_(n) {
+    exponent_ = trace == 0 ? 0 : std::ilogb(trace);
+    if (std::abs(exponent_) < kLargest) exponent_ = 0;
+    if (exponent_ != 0) {
+      for (int64_t i = 0; i < n * n; ++i) m[i] = std::ldexp(m[i], -exponent_);
+    }
+    const Buffer<double> scratch(4 * n + 64);
+    kernels().tridiagonal(n, m, diagonal_.get(), beside_.get(), tau_.get(), scratch.get());
+    std::copy_n(diagonal_.get(), n, values_.get());
+  }
+
+  Eigenpairs leading(double wanted, int64_t cap) {
+    Eigenpairs found;
+    found.values = Buffer<double>(n_);
+    const Buffer<double> beside(n_);
+    std::copy_n(beside_.get(), n_ - 1, beside.get());
+    found.converged = lapack::tridiagonal_values(n_, values_.get(), beside.get());
+    if (!found.converged) return found;
+    int64_t needed = 0;
+    wanted = std::ldexp(wanted, -exponent_);
+    for (double sum = 0; needed < n_;) {
+      sum += values_[n_ - ++needed];
+      if (sum >= wanted || needed >= cap) break;
+    }
+    Buffer<double> ascending(n_ * needed);
+    if (kFewest * needed > n_ ||
+        !lapack::tridiagonal_vectors(n_, diagonal_.get(), beside_.get(), needed,
+                                     values_.get() + n_ - needed, ascending.get())) {
+      ascending = Buffer<double>(n_ * n_);
+      needed = n_;
+      std::copy_n(diagonal_.get(), n_, values_.get());
+      found.converged =
+          lapack::tridiagonal_eigen(n_, values_.get(), beside_.get(), ascending.get());
+    } else {
+      orthonormalise(n_, needed, ascending.get());
+    }
+    if (needed == n_) {
+      lapack::apply_tridiagonal_q(n_, needed, m_, tau_.get(), ascending.get());
+    } else {
+      kernels().apply_reflectors(n_, needed, m_, tau_.get(), ascending.get());
+    }
+    found.count = needed;
+    found.vectors = Buffer<double>(n_ * needed);
+    std::fill_n(found.values.get(), n_, 0.0);
+    for (int64_t i = 0; i < needed; ++i) {
+      found.values[i] = std::ldexp(std::max(values_[n_ - 1 - i], 0.0), exponent_);
+      std::copy_n(ascending.get() + (needed - 1 - i) * n_, n_, found.vectors.get() + i * n_);
+    }
+    return found;
+  }
+
+ private:
+  const int64_t n_;
+  double* const m_;
+  Buffer<double> diagonal_;
+  Buffer<double> beside_;
+  Buffer<double> tau_;
+  Buffer<double> values_;
+  int exponent_ = 0;
+};
 
 }  // namespace
 
@@ -224,7 +288,8 @@ Eigenpairs leading_eigenpairs(int64_t n, double* m, double wanted, int64_t cap) 
     Eigenpairs found;
     if (Krylov(n, m, wanted, cap).run(found)) return found;
   }
-  return all_eigenpairs(n, m);
+  if (n == 0) return Eigenpairs{.values = Buffer<double>(), .vectors = Buffer<double>()};
+  return Tridiagonal(n, m, trace).leading(wanted, cap);
 }
 
 }  // namespace fedlora

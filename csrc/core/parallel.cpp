@@ -10,6 +10,11 @@
 #include "memory.h"
 
 namespace fedlora {
+namespace {
+
+constexpr double kShare = 1e5;  // nanoseconds: twice what starting and joining a thread takes
+
+}  // namespace
 
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body) {
   if (threads <= 1 || tasks <= 1) {
@@ -45,12 +50,18 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>
   if (failure) std::rethrow_exception(failure);
 }
 
-void over_modules(int64_t modules, int threads, const std::function<void(int64_t, int)>& body) {
-  const int64_t width = std::max(threads, 1);
+int team(double nanoseconds, int threads) {
+  return static_cast<int>(std::clamp(nanoseconds / kShare, 1.0, std::max<double>(threads, 1)));
+}
+
+void over_modules(int64_t modules, double nanoseconds, int threads,
+                  const std::function<void(int64_t, int)>& body) {
+  const Pool pool;
+  const int64_t width = team(static_cast<double>(modules) * nanoseconds, threads);
   int64_t rest = modules % width;
   // More than half of the threads busy with a module each beat all of them inside one module.
   if (2 * rest > width || width == 1) rest = 0;
-  parallel_for(modules - rest, threads, [&](int64_t module) { body(module, 1); });
+  parallel_for(modules - rest, static_cast<int>(width), [&](int64_t module) { body(module, 1); });
   for (int64_t module = modules - rest; module < modules; ++module) body(module, threads);
 }
 

@@ -19,6 +19,8 @@
 namespace fedlora {
 namespace {
 
+constexpr double kSpeed = 10;  // operations a nanosecond of one thread
+
 // One side, column-major [depth, R], then its QR in place.
 struct Side {
   int64_t depth;
@@ -110,7 +112,10 @@ void svd_by_qr(const Factors& b, const Factors& a, const double* scale, const Sv
   Side left(b);
   Side right(a);
   const double terms = equilibrate(left, right, scale);
-  parallel_for(2, threads, [&](int64_t side) { (side == 0 ? left : right).factorise(); });
+  const double squared = static_cast<double>(rank) * static_cast<double>(rank);
+  const double flops = 2 * squared * static_cast<double>(b.depth + a.depth);
+  parallel_for(2, team(flops / kSpeed, threads),
+               [&](int64_t side) { (side == 0 ? left : right).factorise(); });
 
   const int64_t rows = left.small();
   const int64_t columns = right.small();

@@ -16,6 +16,11 @@ constexpr double kPlainCholesky = 1e4;  // times R eps: pivots that need no pivo
 
 }  // namespace
 
+double spectrum_nanoseconds(int64_t rank) {
+  const auto size = static_cast<double>(rank);
+  return size * size * (30 + size / 10);
+}
+
 Spectrum::Spectrum(int64_t rank, const double* gram_b, const double* gram_a, const double* scale,
                    double noise, double energy, int64_t cap)
     : rank_(rank),

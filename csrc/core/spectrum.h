@@ -18,6 +18,9 @@
 
 namespace fedlora {
 
+// About how long a module takes.
+double spectrum_nanoseconds(int64_t rank);
+
 class Spectrum {
  public:
   // Grams [R, R], scale [R]. `noise`: the relative error of the Grams' entries, under which a pivot

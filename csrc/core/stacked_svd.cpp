@@ -2,7 +2,14 @@
 
 #include <algorithm>
 
+#include "gram.h"
+#include "spectrum.h"
+
 namespace fedlora {
+
+double stacked_svd_nanoseconds(const Factors& b, const Factors& a) {
+  return gram_nanoseconds(b) + gram_nanoseconds(a) + spectrum_nanoseconds(b.rank);
+}
 
 void stacked_svd(const Factors& b, const Factors& a, const double* scale, const SvdOptions& options,
                  int threads, const SvdResult& result) {

@@ -30,6 +30,9 @@ struct SvdResult {
 void stacked_svd(const Factors& b, const Factors& a, const double* scale, const SvdOptions& options,
                  int threads, const SvdResult& result);
 
+// About how long a module takes one thread.
+double stacked_svd_nanoseconds(const Factors& b, const Factors& a);
+
 void svd_by_grams(const Factors& b, const Factors& a, const double* scale,
                   const SvdOptions& options, int threads, const SvdResult& result);
 void svd_by_smaller_side(const Factors& b, const Factors& a, const double* scale,

@@ -11,7 +11,14 @@ namespace {
 
 constexpr int64_t kTask = 1 << 15;  // elements of the result per task: 128 KiB in float32
 
+constexpr double kBandwidth = 10;  // bytes a nanosecond of one thread
+
 }  // namespace
+
+double weighted_sum_nanoseconds(DType dtype, const Runs& runs) {
+  const int64_t elements = (runs.count + 1) * runs.rows * runs.columns;
+  return static_cast<double>(elements * bytes_of(dtype)) / kBandwidth;
+}
 
 void weighted_sum(DType dtype, const Runs& runs, const double* weights, int threads, void* out) {
   const Kernels& kernel = kernels();
@@ -24,7 +31,7 @@ void weighted_sum(DType dtype, const Runs& runs, const double* weights, int thre
   const int64_t pieces = rows > 1 ? 1 : (columns + kTask - 1) / kTask;
   const int64_t batch = rows > 1 ? std::max<int64_t>(1, kTask / std::max<int64_t>(columns, 1)) : 1;
   const int64_t tasks = rows > 1 ? (rows + batch - 1) / batch : pieces;
-  parallel_for(tasks, threads, [&](int64_t task) {
+  parallel_for(tasks, team(weighted_sum_nanoseconds(dtype, runs), threads), [&](int64_t task) {
     const int64_t start = rows > 1 ? 0 : task * kTask;
     const int64_t count = rows > 1 ? columns : std::min(kTask, columns - start);
     const int64_t last = rows > 1 ? std::min(rows, (task + 1) * batch) : 1;

@@ -18,6 +18,9 @@ struct Runs {
   int64_t columns;
 };
 
+// About how long that takes one thread.
+double weighted_sum_nanoseconds(DType dtype, const Runs& runs);
+
 // out: [rows, columns] contiguous.
 void weighted_sum(DType dtype, const Runs& runs, const double* weights, int threads, void* out);
 

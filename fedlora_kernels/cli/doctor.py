@@ -3,14 +3,12 @@
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import click
 from rich.table import Table
 from rich.text import Text
 
 from fedlora_kernels import __version__
-from fedlora_kernels.backend import backend, backends
 from fedlora_kernels.cli import screen
 
 # The factors are float64, so an aggregate at full energy is right to rounding.
@@ -20,6 +18,8 @@ _TOLERANCE = 1e-12
 @click.command
 def doctor() -> None:
     """Report the installation and run one small aggregation."""
+    from fedlora_kernels.backends import backend, ordered
+
     console = screen.out()
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts():
@@ -33,7 +33,7 @@ def doctor() -> None:
     except RuntimeError as error:  # FEDLORA_BACKEND names one that cannot serve
         active = ""
         console.print(Text(str(error)), soft_wrap=True)
-    for candidate in backends():
+    for candidate in ordered():
         serves = "active" if candidate.name == active else "yes" if candidate.serves else "no"
         table.add_row(Text(candidate.name), serves, Text(candidate.reason))
     screen.show(console, table)
@@ -69,6 +69,8 @@ def _has_torch() -> bool:
 
 
 def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -21,7 +21,7 @@ from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.peft_format import label
-from fedlora_kernels.ops.gram import stack as stacked
+from fedlora_kernels.ops._gram import stack as stacked
 
 ABSENT = ("zero", "renormalise")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedlora_kernels import ops
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.gram_space.batches import Batch
-from fedlora_kernels.ops.spectrum import magnitude, negligible, right_of_left
+from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
 
 
 class Spectrum:
