@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <optional>
+#include <set>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -24,7 +26,7 @@ namespace {
 
 using Values = std::vector<py::array>;
 
-Scalar scalar_of(const std::string& name) {
+Scalar scalar_of(std::string_view name) {
   if (name == "bfloat16") return Scalar::bf16;
   if (name == "float16") return Scalar::fp16;
   if (name == "float32") return Scalar::fp32;
@@ -48,12 +50,24 @@ py::dtype dtype_of(Scalar scalar) {
   }
 }
 
+// A name for as long as the process lives; asking numpy for it takes microseconds, so that the
+// usual types are told by kind and size.
+const char* name_of(const py::dtype& dtype) {
+  if (dtype.kind() == 'f' && dtype.itemsize() == 4) return "float32";
+  if (dtype.kind() == 'f' && dtype.itemsize() == 8) return "float64";
+  if (dtype.kind() == 'f' && dtype.itemsize() == 2) return "float16";
+  static std::set<std::string> names;  // under the interpreter's lock
+  return names.insert(py::str(dtype.attr("name")).cast<std::string>()).first->c_str();
+}
+
 Array array_of(const py::array& array) {
-  const auto name = py::str(array.dtype().attr("name")).cast<std::string>();
-  const bool swapped = !array.dtype().attr("isnative").cast<bool>();
+  const py::dtype dtype = array.dtype();
+  const char* name = name_of(dtype);
+  const bool swapped = dtype.byteorder() != '=' && dtype.byteorder() != '|';
   // Strides that are no whole number of elements (a field of a record, say) have to be copied.
   const py::ssize_t size = std::max<py::ssize_t>(1, array.itemsize());  // a record may be empty
-  bool whole = !swapped && (py::cast<uintptr_t>(array.attr("ctypes").attr("data")) % size) == 0;
+  bool whole =
+      !swapped && reinterpret_cast<uintptr_t>(array.data()) % static_cast<size_t>(size) == 0;
   for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) whole &= array.strides(axis) % size == 0;
   if (!whole) {
     throw WrongValue("arrays must be aligned and in native byte order; copy them with numpy.array");
@@ -78,7 +92,8 @@ py::object results_of(int threads, F&& run) {
   Values results;
   const Host host = {[&](Scalar scalar, const Sizes& sizes) {
                        const py::gil_scoped_acquire lock;
-                       const py::array& made = results.emplace_back(dtype_of(scalar), sizes);
+                       const py::array& made = results.emplace_back(
+                           dtype_of(scalar), std::vector<int64_t>(sizes.begin(), sizes.end()));
                        return array_of(made);
                      },
                      threads};

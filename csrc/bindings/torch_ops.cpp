@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -37,23 +38,6 @@ using torch::stable::Tensor;
 using TorchType = torch::headeronly::ScalarType;
 using Tensors = std::vector<Tensor>;
 
-Scalar scalar_of(TorchType type) {
-  switch (type) {
-    case TorchType::BFloat16:
-      return Scalar::bf16;
-    case TorchType::Half:
-      return Scalar::fp16;
-    case TorchType::Float:
-      return Scalar::fp32;
-    case TorchType::Double:
-      return Scalar::fp64;
-    case TorchType::Long:
-      return Scalar::int64;
-    default:
-      return Scalar::other;
-  }
-}
-
 TorchType type_of(Scalar scalar) {
   switch (scalar) {
     case Scalar::bf16:
@@ -69,49 +53,63 @@ TorchType type_of(Scalar scalar) {
   }
 }
 
-// torch's Python name of a type, for messages.
-std::string name_of(TorchType type) {
-  switch (type) {
-    case TorchType::BFloat16:
-      return "torch.bfloat16";
-    case TorchType::Half:
-      return "torch.float16";
-    case TorchType::Float:
-      return "torch.float32";
-    case TorchType::Double:
-      return "torch.float64";
-    case TorchType::Long:
-      return "torch.int64";
-    case TorchType::Int:
-      return "torch.int32";
-    case TorchType::Short:
-      return "torch.int16";
-    case TorchType::Char:
-      return "torch.int8";
-    case TorchType::Byte:
-      return "torch.uint8";
-    case TorchType::Bool:
-      return "torch.bool";
-    case TorchType::ComplexFloat:
-      return "torch.complex64";
-    case TorchType::ComplexDouble:
-      return "torch.complex128";
-    default:
-      return std::string("torch.") + torch::headeronly::toString(type);
+// What an element type is called here and in messages. `code` is libtorch's own number for it,
+// which only a call through its shim tells; a list asks hundreds of times, so they are asked once.
+struct Type {
+  int32_t code;
+  Scalar scalar;
+  const char* name;  // torch's Python name
+};
+
+const Type& described(int32_t code) {
+  static const std::array known = {
+      Type{aoti_torch_dtype_float32(), Scalar::fp32, "torch.float32"},
+      Type{aoti_torch_dtype_bfloat16(), Scalar::bf16, "torch.bfloat16"},
+      Type{aoti_torch_dtype_float16(), Scalar::fp16, "torch.float16"},
+      Type{aoti_torch_dtype_float64(), Scalar::fp64, "torch.float64"},
+      Type{aoti_torch_dtype_int64(), Scalar::int64, "torch.int64"},
+      Type{aoti_torch_dtype_int32(), Scalar::other, "torch.int32"},
+      Type{aoti_torch_dtype_int16(), Scalar::other, "torch.int16"},
+      Type{aoti_torch_dtype_int8(), Scalar::other, "torch.int8"},
+      Type{aoti_torch_dtype_uint8(), Scalar::other, "torch.uint8"},
+      Type{aoti_torch_dtype_bool(), Scalar::other, "torch.bool"},
+      Type{aoti_torch_dtype_uint16(), Scalar::other, "torch.uint16"},
+      Type{aoti_torch_dtype_uint32(), Scalar::other, "torch.uint32"},
+      Type{aoti_torch_dtype_uint64(), Scalar::other, "torch.uint64"},
+      Type{aoti_torch_dtype_complex32(), Scalar::other, "torch.complex32"},
+      Type{aoti_torch_dtype_complex64(), Scalar::other, "torch.complex64"},
+      Type{aoti_torch_dtype_complex128(), Scalar::other, "torch.complex128"},
+      Type{aoti_torch_dtype_float8_e4m3fn(), Scalar::other, "torch.float8_e4m3fn"},
+      Type{aoti_torch_dtype_float8_e4m3fnuz(), Scalar::other, "torch.float8_e4m3fnuz"},
+      Type{aoti_torch_dtype_float8_e5m2fnuz(), Scalar::other, "torch.float8_e5m2fnuz"},
+      Type{aoti_torch_dtype_float8_e5m2(), Scalar::other, "torch.float8_e5m2"},
+  };
+  static const Type unknown = {-1, Scalar::other, "another type"};
+  for (const Type& type : known) {
+    if (type.code == code) return type;
   }
+  return unknown;
 }
 
 Array array_of(const Tensor& tensor) {
-  const TorchType type = tensor.scalar_type();
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
+  AtenTensorHandle handle = tensor.get();
+  int32_t code = 0;
+  int64_t dim = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &code));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  const Type& type = described(code);
   // Read only where it is an argument; const_data_ptr leaves copy-on-write tensors shared.
-  return {const_cast<void*>(tensor.const_data_ptr()), scalar_of(type), name_of(type),
-          Sizes(sizes.begin(), sizes.end()), Sizes(strides.begin(), strides.end())};
+  return {const_cast<void*>(tensor.const_data_ptr()), type.scalar, type.name,
+          Sizes(sizes, sizes + dim), Sizes(strides, strides + dim)};
 }
 
 Arrays arrays_of(const Tensors& tensors) {
   Arrays arrays;
+  arrays.reserve(tensors.size());
   for (const Tensor& tensor : tensors) arrays.push_back(array_of(tensor));
   return arrays;
 }
@@ -123,14 +121,22 @@ class Place {
   explicit Place(const T&... arguments) {
     (add(arguments), ...);
   }
-  const torch::stable::Device& device() const { return *device_; }
+  torch::stable::Device device() const { return first_->device(); }
 
  private:
   void add(const Tensor& tensor) {
-    if (!device_) device_ = tensor.device();
-    if (tensor.device() != *device_) {
-      throw std::runtime_error("all tensors must be on one device, found " + text(*device_) +
-                               " and " + text(tensor.device()));
+    int32_t type = 0;
+    int32_t index = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    if (first_ == nullptr) {
+      first_ = &tensor;
+      type_ = type;
+      index_ = index;
+    }
+    if (type != type_ || index != index_) {
+      throw std::runtime_error("all tensors must be on one device, found " +
+                               text(first_->device()) + " and " + text(tensor.device()));
     }
   }
   void add(const Tensors& tensors) {
@@ -143,7 +149,9 @@ class Place {
     return device.is_cpu() ? "cpu" : "cuda:" + std::to_string(device.index());
   }
 
-  std::optional<torch::stable::Device> device_;
+  const Tensor* first_ = nullptr;
+  int32_t type_ = 0;
+  int32_t index_ = 0;
 };
 
 // What torch hands over for an argument of an operator, and what the operator gets of it.
@@ -201,14 +209,15 @@ struct Kernel<name, run, N, void (*)(const Host&, T...)> {
     Tensors results;
     try {
       const Place place(arguments...);
-      Host host = {[&](Scalar scalar, const Sizes& sizes) {
-                     results.push_back(torch::stable::empty(sizes, type_of(scalar), std::nullopt,
-                                                            place.device()));
-                     Array array = array_of(results.back());
-                     array.data = results.back().mutable_data_ptr();
-                     return array;
-                   },
-                   static_cast<int>(torch::stable::get_num_threads())};
+      Host host = {
+          [&](Scalar scalar, const Sizes& sizes) {
+            results.push_back(torch::stable::empty({sizes.data(), sizes.size()}, type_of(scalar),
+                                                   std::nullopt, place.device()));
+            Array array = array_of(results.back());
+            array.data = results.back().mutable_data_ptr();
+            return array;
+          },
+          static_cast<int>(torch::stable::get_num_threads())};
 #if defined(FEDLORA_CUDA) || defined(FEDLORA_EMULATED)
       const TorchDevice device(place.device());
       host.device = device.memory();
