@@ -7,7 +7,14 @@ export HF_HUB_OFFLINE := 1
 
 # The operators' tests, which run again on every backend that this machine can force.
 OPERATORS := gram spectrum rank surrogate combine weighted_sum stacked_svd flora_na
-OPERATOR_TESTS := $(BIN)/python -m pytest -m 'not slow' $(OPERATORS:%=python_tests/test_%.py)
+OPERATOR_TESTS := -m 'not slow' $(OPERATORS:%=python_tests/test_%.py)
+
+# One process a core, one thread each. A file's tests stay together where its fixtures train or build
+# something; the operators' are dealt out one by one, so that no core is left waiting.
+PROCESSES ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES)
+BY_FILE := --dist loadfile
+BY_TEST := --dist worksteal
 
 # What CMake is asked to build with.
 CONFIGURE := $(BIN)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
@@ -23,6 +30,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/CMakeLis
 	$(BIN)/python -m pip install -q -c constraints.txt \
 		torch scipy-openblas64 scikit-build-core pybind11 cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
+		-C cmake.define.FEDLORA_WERROR=ON \
 		-e '.[triton,plot,integration,flower,tensorboard,bench,dev]'
 	@touch $@
 
@@ -33,20 +41,21 @@ run: env
 	$(BIN)/python -m integration compare --preset quickstart --out runs/quickstart
 
 test: env
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) $(BY_FILE) -m 'not slow'
 	$(MAKE) test-backends
 
 # Composed of torch's operators; Triton's kernels interpreted; the CUDA kernels' own sources, block by
 # block in the emulator.
 test-backends: env
-	FEDLORA_BACKEND=composed $(OPERATOR_TESTS)
-	FEDLORA_BACKEND=triton TRITON_INTERPRET=1 $(OPERATOR_TESTS)
+	FEDLORA_BACKEND=composed $(PYTEST) $(BY_TEST) $(OPERATOR_TESTS)
+	FEDLORA_BACKEND=triton TRITON_INTERPRET=1 $(PYTEST) $(BY_TEST) $(OPERATOR_TESTS)
 	$(CONFIGURE) --preset emulated -DFEDLORA_TESTS=OFF
 	$(BIN)/cmake --build --preset emulated --target fedlora_cuda_emulated
-	FEDLORA_BACKEND=cuda-emulated FEDLORA_LIBRARIES=$(EMULATED)/csrc/bindings $(OPERATOR_TESTS)
+	FEDLORA_BACKEND=cuda-emulated FEDLORA_LIBRARIES=$(EMULATED)/csrc/bindings \
+		$(PYTEST) $(BY_TEST) $(OPERATOR_TESTS)
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) $(BY_FILE) -m slow
 
 # Needs doctest (Debian: doctest-dev). Address and undefined behaviour first, then races; the CUDA
 # kernels in three orders of their threads; their operators with addresses checked.
@@ -72,9 +81,7 @@ format: env
 	$(BIN)/ruff check --fix .
 
 bench: env
-	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
-	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.acceptance
+	$(BIN)/python -m benchmarks.run --suite all --threads 2 --results benchmarks/results
 	$(BIN)/python -m benchmarks.figures
 
 clean:

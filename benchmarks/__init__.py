@@ -1,10 +1,11 @@
-"""Benchmarks of every stage, of whole aggregations, of growth, and the acceptance measurement.
+"""Benchmarks: this library beside named peers on the same inputs, in one run.
 
-    python -m pytest benchmarks --benchmark-only --results benchmarks/results
-    python -m benchmarks.scaling
-    python -m benchmarks.acceptance
-    python -m benchmarks.figures
+python -m benchmarks.run [--suite NAME] [--base GITREF] [--results benchmarks/results]
+python -m benchmarks.figures                     the README's tables and the figures
+benchmarks/on_gpu.sh RESULTS_DIR                 a first run on a GPU
 
-The first three write ``benchmarks/results/<device>/*.json``; the last makes the README's table and
-the figures from them.
+stand/     inputs, tasks with their checks, clocks, floors, result files
+peers/     what a user would run instead, one file each
+suites/    what is compared on which inputs, one file each
+results/   <device>/<suite>.json and the figures
 """

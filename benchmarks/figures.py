@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks import readme
-from fedlora_kernels.bench import results
-from fedlora_kernels.bench.table import duration
+from benchmarks.stand import results
+from benchmarks.stand.table import duration
 
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 ORANGE, PURPLE, INK = "#E69F00", "#CC79A7", "#24292F"
@@ -68,6 +68,8 @@ def speedups(acceptance: Mapping[str, Any]) -> Figure:
     """How many times as long the peers take: a panel per peer, exact and fast beside each other."""
     summary = acceptance["summary"]["stacked_svd"]
     panels = ("three SVDs", "QR + QR + core SVD")
+    figure: Figure
+    axes: Any
     figure, axes = pyplot.subplots(1, 2, figsize=(8.6, 2.9), layout="constrained", sharey=True)
     labels = [
         f"R = {case['stacked_rank']}, {_kept(case['ranks_kept'])} ranks kept" for case in summary
@@ -79,7 +81,7 @@ def speedups(acceptance: Mapping[str, Any]) -> Figure:
             places = [index + 0.38 * (offset - 0.5) for index in range(len(summary))]
             panel.barh(places, values, height=0.34, color=colour, label=precision)
             for place, value in zip(places, values, strict=True):
-                text = f"{value:.1f}" if value else "refused"
+                text = f"{value:.1f}" if value else "no time"
                 panel.text(value, place, f" {text}", va="center", color=INK)
             widest = max(widest, *values)
         panel.axvline(1, color=INK, linewidth=1)
@@ -99,6 +101,8 @@ def growth(scaling: Mapping[str, Any]) -> Figure:
     """Time above, peak memory below, for every curve, three beside each other."""
     curves = [curve for curve in scaling["curves"] if len(curve["points"]) > 1]
     strips = -(-len(curves) // ACROSS)
+    figure: Figure
+    axes: Any
     figure, axes = pyplot.subplots(
         2 * strips,
         ACROSS,
@@ -193,6 +197,8 @@ def floors(suites: Mapping[str, Mapping[str, Any]]) -> Figure:
             ]
             if ours:
                 rows.append((stage, ours, theirs))
+    figure: Figure
+    axes: Any
     figure, axes = pyplot.subplots(figsize=(8.6, 0.8 + 0.2 * len(rows)), layout="constrained")
     labels = []
     for place, (stage, ours, theirs) in enumerate(rows):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from fedlora_kernels.bench.table import duration
+from benchmarks.stand.table import duration
 
 BEGIN = "<!-- benchmark:begin -->"
 END = "<!-- benchmark:end -->"
@@ -38,6 +38,8 @@ def section(suites: Suites, figures: Sequence[str]) -> str:
         summary = suites["acceptance"]["summary"]
         parts.append("\n".join(_decompositions(suites["acceptance"])))
         parts.append("\n".join(_facts(summary)))
+    if "flows" in suites:
+        parts.append("\n".join(_flows(suites["flows"]["rows"])))
     if "surrogate" in suites:
         parts.append("\n".join(_descent(suites["surrogate"]["rows"])))
     parts.append("\n".join(_stages(suites)))
@@ -127,6 +129,31 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
+def _flows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Whole aggregations: our time and how many times as long the peers take."""
+    rounds: dict[str, str] = {}
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for block in blocks(rows):
+        ours, others = block[0], [row for row in block[1:] if row["seconds"]]
+        if ours["seconds"] is None:
+            continue
+        model = rounds.setdefault(ours["model"], _round(ours))
+        for row in others:
+            of_rule = cells.setdefault((ours["variant"], row["variant"] + " *" * row["less"]), {})
+            of_rule[model] = f"{duration(ours['seconds'])}; {_times(row['times_first'])}"
+    yield "| one call, adapters in memory | beside | " + " | ".join(rounds.values()) + " |"
+    yield "|---|---" + "|---" * len(rounds) + "|"
+    for (rule, peer), of_rule in cells.items():
+        told = " | ".join(of_rule.get(model, "") for model in rounds.values())
+        yield f"| `{rule}` | {peer} | {told} |"
+    yield ""
+    yield "Our time, then how many times as long the peer takes."
+
+
+def _round(row: Mapping[str, Any]) -> str:
+    return f"{row['model']}, {row['modules']} modules, {row['ranks']}"
+
+
 def _descent(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """FLoRA-NA by gradient descent: the time and the objective reached."""
     yield (
@@ -171,7 +198,10 @@ def _stages(suites: Suites) -> Iterator[str]:
                 f"| {ours['share_of_floor']:.0%} | {beside} | {times} |"
             )
     yield ""
-    yield "\\* gives less than the row's task: values without vectors, a stack, a plain mean."
+    yield (
+        "\\* gives less than the row's task: values without vectors, a stack, a stack without "
+        "weights, a plain mean."
+    )
 
 
 _ORDER = (

@@ -12,9 +12,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fedlora_kernels import native
+from fedlora_kernels.backends import libraries
 
-native.load_openblas()
+libraries.load_openblas()
 
 from fedlora_kernels import _numpy  # noqa: E402 - needs OpenBLAS in the process
 
@@ -83,7 +83,7 @@ def select_rank(
     sigma: Array, total_energy: Array, energy: float, max_rank: int | None = None
 ) -> Array:
     """Rank per module at a share of its energy, [L] int64: see ``ops.select_rank``."""
-    result: Array = _numpy.select_rank(sigma, total_energy, energy, max_rank)
+    result: Array = _numpy.select_rank(sigma, total_energy, energy, max_rank, _threads)
     return result
 
 

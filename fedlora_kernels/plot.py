@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from fedlora_kernels.inspection import Inspection
+from fedlora_kernels._inspect import Inspection
 
 # Okabe and Ito's colours, told apart with every common colour blindness; yellow is left out,
 # which is too faint for a line on white. A second round of them is dashed.

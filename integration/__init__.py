@@ -3,40 +3,25 @@
 Runs from a checkout (`python -m integration compare --preset quickstart --out runs/quickstart`)
 and is no part of the installed package.
 
-What a run is
-    settings.py     a preset with the command line's changes on top; flags.py makes the flags
-    seeds.py        every draw is decided by (seed, round, client)
-    tasks/          what is learned: examples, their split, what counts as right
-    loading.py      the base model: pretrained, or random of a named shape (configs/)
-    tokenizer.py    a tokenizer trained at run time, for models without one
-    pretrain.py     a small Llama from scratch, to start from
+    settings/     what a run depends on: presets, the command line's flags, seeds
+    tasks/        what is learned: one file per task
+    model/        one base in memory, LoRA adapters that are switched, their training
+    rounds/       one round: partition, local training, aggregation, evaluation, what is kept
+    report/       summary.json, the table, report.html, pages of the docs
+    flower/       the same rounds on Flower
 
-One round
-    federation.py   task, model, splits and clients, which all rules share
-    partition.py    which client holds which examples, and which take part in a round
-    tokens.py       a split in the model's tokens, as padded batches
-    model.py        one base in memory, LoRA adapters that are switched; class_means.py is a head
-    trainer.py      transformers' Trainer, kept for all clients
-    client.py       local training: adapter in, update out
-    engine.py       how a round's clients come to train: here, or on Flower (flower/)
-    server.py       one rule: updates in, a record and every client's next start out
-    judge.py        accuracy and loss of a model on a split
+    __main__.py   the command line
+    compare.py    all rules and seeds through the same rounds
+    plan.py       --dry-run: what a run would hold and move, without weights or data
+    tiny.py       --tiny: the same run in miniature
+    lm_eval.py    the language model evaluation harness on what a run has left
+    files.py      files that appear whole, and JSON that every parser reads
 
-What is left of it
-    rounds.py       one rule through its rounds; state.py keeps each on the disk, for --resume
-    packing.py      adapters as plain tensors; total.py sums several into one
-    compare.py      all rules and seeds through the same rounds
-    records.py      settings.json, metrics.jsonl, the adapters; files.py writes whole files
-    summary.py      summary.json, what every rule comes to; noise.py has intervals over seeds
-    table.py        the table at the end
-    report.py       report.html of one or several runs: series.py reads them, charts.py and
-                    module_charts.py draw, with what panels.py has
-    tracking.py     the same rounds for TensorBoard and Weights & Biases
+    presets/      papers' settings with their sources
+    configs/      named shapes of random models
+    results/      committed runs, by device and preset
 
-Before it
-    presets/        papers' settings with their sources; published.py has their data's sizes
-    plan.py         --dry-run: what a run would hold and move, without weights or data
-    tiny.py         --tiny: the same run in miniature
+A room imports from the rooms above it only, and flower/ also from compare.py.
 """
 
 import os

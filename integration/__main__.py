@@ -6,108 +6,79 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
-import typer
 from rich.console import Console
 
 import fedlora_kernels as flk
-from integration.compare import choose
 from integration.compare import compare as compare_rules
-from integration.flags import Start, starting
 from integration.flower import launch as flower
 from integration.lm_eval import evaluate as lm_eval
+from integration.model.pretrain import RECIPES, Pretraining, pretrain, recipe
 from integration.plan import plan, show
-from integration.pretrain import RECIPES, pretrain, recipe
-from integration.report import write_report
+from integration.report.html import write_report
+from integration.rounds.records import check_folder
+from integration.rounds.rule import choose
 from integration.settings import Settings, SettingsError, from_preset
+from integration.settings.flags import Start, flags_of, run_flags
 from integration.tasks import TaskError
-from integration.tiny import tiny as in_miniature
+from integration.tiny import miniature
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Federated fine-tuning with every aggregation rule, on one real task.",
-)
+FOLDER = click.Path(path_type=Path)
 
 
+@click.group(no_args_is_help=False)
+def app() -> None:
+    """Federated fine-tuning with every aggregation rule, on one real task."""
+
+
+@run_flags(out="runs/compare")
 @app.command()
-@starting(out="runs/compare")
 def compare(start: Start, changes: dict[str, Any]) -> None:
     """Take several rules through the same rounds and compare them."""
     _run(start, changes)
 
 
+@run_flags(out="runs/run", hidden="rules")
 @app.command()
-@starting(out="runs/run")
-def run(
-    start: Start,
-    changes: dict[str, Any],
-    rule: Annotated[str | None, typer.Option(help="The rule; else the preset's.")] = None,
-    rules: Annotated[str | None, typer.Option(hidden=True)] = None,
-) -> None:
+@click.option("--rule", help="The rule; else the preset's.")
+def run(start: Start, changes: dict[str, Any], rule: str | None) -> None:
     """Take one rule, or the preset's, through its rounds; one rule's adapter is left in OUT."""
-    if rules is not None:
+    if changes["rules"] is not None:
         raise SettingsError("run takes one rule (--rule); compare takes several (--rules)")
     _run(start, changes | {"rules": None if rule is None else (rule,)})
 
 
 @app.command("pretrain")
-def pretrain_command(
-    out: Annotated[Path, typer.Option(help="Folder for the model.")],
-    shape: Annotated[
-        str | None,
-        typer.Option(help="A name in integration/configs; llama-30m on a GPU, else llama-tiny."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences in a step.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="At its highest.")] = None,
-    problems: Annotated[int | None, typer.Option(help="Different word problems.")] = None,
-    level: Annotated[int | None, typer.Option(help="Operations of one, at most.")] = None,
-    largest: Annotated[int | None, typer.Option(help="First number of one, at most.")] = None,
-    code: Annotated[float | None, typer.Option(help="Share of the library's texts.")] = None,
-    sums: Annotated[float | None, typer.Option(help="Share of bare sums.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides all randomness.")] = None,
-) -> None:
+@click.option("--out", type=FOLDER, required=True, help="Folder for the model.")
+def pretrain_command(out: Path, shape: str | None, **changes: Any) -> None:
     """Train a small Llama from scratch on generated text, and write a transformers folder."""
-    settings = recipe(
-        shape,
-        steps=steps,
-        batch_size=batch_size,
-        length=length,
-        learning_rate=learning_rate,
-        problems=problems,
-        level=level,
-        largest=largest,
-        code=code,
-        sums=sums,
-        seed=seed,
-    )
-    pretrain(settings, out, Console())
+    pretrain(recipe(shape, **changes), out, Console())
+
+
+pretrain_command.params += flags_of(Pretraining)
 
 
 @app.command("lm-eval")
-def lm_eval_command(
-    out: Annotated[Path, typer.Option(help="Folder of an adapter that a run has left.")],
-    tasks: Annotated[str, typer.Option(help="The harness's tasks, separated by commas.")],
-    limit: Annotated[int | None, typer.Option(help="Examples per task.")] = None,
-) -> None:
+@click.option("--out", type=FOLDER, required=True, help="Folder of an adapter that a run has left.")
+@click.option("--tasks", required=True, help="The harness's tasks, separated by commas.")
+@click.option("--limit", type=int, help="Examples per task.")
+def lm_eval_command(out: Path, tasks: str, limit: int | None) -> None:
     """Evaluate a run's adapter with the language model evaluation harness."""
     names = [name.strip() for name in tasks.split(",")]
     Console().print_json(data=lm_eval(out, names, limit))
 
 
 @app.command()
-def report(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Folders of earlier runs.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The report's folder, or .html file; without RUNS the run's folder."),
-    ] = None,
-) -> None:
+@click.argument("runs", nargs=-1, type=FOLDER)
+@click.option(
+    "--out",
+    type=FOLDER,
+    help="The report's folder, or .html file; without RUNS the run's folder.",
+)
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Write the report of one or several earlier runs again, from their files."""
     folders = list(runs or ([] if out is None else [out]))
     if not folders:
@@ -122,22 +93,37 @@ def report(
 
 def _run(start: Start, changes: dict[str, Any]) -> None:
     """Settings from the flags, then the plan, or the comparison, here or on Flower."""
-    settings = from_preset(start.preset, **changes)
-    if start.tiny:
-        settings = in_miniature(settings, start.out)
-    rules, left_out = choose(settings, explicit=changes["rules"] is not None)
+    settings, explicit = from_preset(start.preset, **changes), changes["rules"] is not None
     console = Console()
+    if start.dry_run:
+        with TemporaryDirectory() as folder:  # a plan leaves nothing behind
+            _plan(start, settings, Path(folder), explicit, console)
+        return
+    small = miniature(settings, start.out) if start.tiny else None
+    settings = settings if small is None else small.settings
+    rules, left_out = choose(settings, explicit=explicit)
+    check_folder(start.out, settings, resume=start.resume)
+    if small is not None:
+        small.write()
+    _pretrain_what_is_missing(settings, console)
+    if start.engine == "flower":  # its server says what is left out
+        flower.run(settings, start.out, resume=start.resume, superlink=start.superlink)
+        return
     for line in left_out:
         console.print(line)
-    chosen = replace(settings, rules=tuple(rule.name for rule in rules))
-    if start.dry_run:
-        show(plan(chosen), console)
-        return
-    _pretrain_what_is_missing(settings, console)
-    if start.engine == "flower":
-        flower.run(chosen, start.out, resume=start.resume, superlink=start.superlink)
-    else:
-        compare_rules(settings, rules, start.out, console, resume=start.resume)
+    compare_rules(settings, rules, start.out, console, resume=start.resume)
+
+
+def _plan(start: Start, settings: Settings, folder: Path, explicit: bool, console: Console) -> None:
+    """Print the plan of a run; `folder` is where a miniature's files are read from."""
+    if start.tiny:
+        small = miniature(settings, folder)
+        small.write()
+        settings = small.settings
+    rules, left_out = choose(settings, explicit=explicit)
+    for line in left_out:
+        console.print(line)
+    show(plan(replace(settings, rules=tuple(rule.name for rule in rules))), console)
 
 
 def _pretrain_what_is_missing(settings: Settings, console: Console) -> None:
@@ -152,7 +138,7 @@ def _pretrain_what_is_missing(settings: Settings, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app.main(args=arguments, standalone_mode=False)
     except click.ClickException as error:
         message = error.format_message()
     except (SettingsError, TaskError) as error:

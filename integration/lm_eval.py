@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from integration import files
-from integration.loading import folder
+from integration.model.loading import folder
 from integration.settings import SettingsError
 
 

@@ -9,10 +9,11 @@ both; memory is an estimate, with its formula beside it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -21,20 +22,20 @@ from rich.console import Console
 from rich.table import Table
 
 import fedlora_kernels as flk
-from integration import loading
-from integration.client import Client
-from integration.model import PREFIX, peft_config
-from integration.partition import participants, partition
-from integration.published import published
-from integration.server import AVERAGES, trained
+from integration.model import loading
+from integration.model.model import PREFIX, peft_config
+from integration.rounds.client import Client
+from integration.rounds.partition import participants, partition
+from integration.rounds.rule import make_rule, trained
+from integration.rounds.traffic import traffic
 from integration.settings import Settings, SettingsError
-from integration.tasks import TASKS, Task, load_task
+from integration.tasks import TASKS, LoadedTask, find_task, load_task
 
-GENERATED = ("stdlib_chapters", "stdlib_code", "arithmetic")
-"""Tasks that make their own data."""
+ADAPTERS = torch.float32
+"""PEFT keeps adapters in float32, whatever the base is in."""
 
-FLOAT = 4
-"""Bytes of an adapter's number: PEFT keeps adapters in float32, whatever the base is in."""
+FLOAT = ADAPTERS.itemsize
+"""Bytes of an adapter's number."""
 
 ACTIVATIONS = 17
 """Numbers that training keeps per token, layer and unit of width: 34 bytes at 2 bytes each (arXiv
@@ -71,21 +72,32 @@ class Plan:
     head: int
     """Parameters of a head that the clients train."""
     steps: tuple[int, ...]
-    """Optimiser steps of every client in one round."""
+    """Optimizer steps of every client in one round."""
     traffic: tuple[Traffic, ...]
     memory: dict[str, int]
     """Bytes on the training device, by what they are for."""
 
     def adapter(self, rank: int) -> int:
         """Parameters that a client of this rank trains."""
-        modules = self.ranks[rank]
-        return self.head + sum(self.size(name, r, "both") for name, r in modules.items())
+        tensors = self.shapes(self.ranks[rank]).state_dict().values()
+        return sum(tensor.numel() for tensor in tensors)
 
-    def size(self, module: str, rank: int, factors: str) -> int:
-        """Parameters of "both" factors of a module, of "a" or of "b" (VeRA: of its vectors)."""
-        m, n = self.modules[module]
-        a, b = (rank, m) if self.settings.method == "vera" else (rank * n, rank * m)
-        return {"both": a + b, "a": a, "b": b}[factors]
+    def shapes(self, ranks: Mapping[str, int]) -> flk.Adapter:
+        """An adapter of these ranks (module -> rank) whose tensors have shapes and no numbers."""
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=ADAPTERS, device="meta")
+
+        extras = {"head": empty(self.head)} if self.head else {}
+        sizes = {module: (ranks[module], *size) for module, size in self.modules.items()}
+        if self.settings.method == "vera":
+            vera = {module: (empty(m), empty(r)) for module, (r, m, _) in sizes.items()}
+            return flk.Adapter({}, {}, vera=vera, extras=extras)
+        factors = {
+            module: flk.Factors(empty(m, r), empty(r, n), 1.0)
+            for module, (r, m, n) in sizes.items()
+        }
+        return flk.Adapter(factors, {}, extras=extras)
 
 
 def plan(settings: Settings) -> Plan:
@@ -109,7 +121,7 @@ def plan(settings: Settings) -> Plan:
     )
     return replace(
         planned,
-        traffic=tuple(_traffic(planned, flk.rules()[name]) for name in settings.rules),
+        traffic=tuple(_traffic(planned, make_rule(settings, name)) for name in settings.rules),
         memory=_memory(planned, config, task),
     )
 
@@ -155,37 +167,39 @@ def show(planned: Plan, console: Console) -> None:
     console.print(memory)
 
 
-def _data(settings: Settings) -> tuple[str, list[int], int, Task]:
-    """Where the sizes come from, the training labels, the number of tests, the task's kind."""
-    if settings.task not in TASKS:
-        raise SettingsError(f"unknown task {settings.task!r}; known: {', '.join(TASKS)}")
+def _data(settings: Settings) -> tuple[str, list[int], int, LoadedTask]:
+    """Where the sizes come from, the training labels, the number of tests, the task; without its
+    examples where the sizes are published ones.
+    """
+    task = find_task(settings.task)
     source = settings.task_options.get("source")
-    if settings.task in GENERATED or (source and Path(source).exists()):
-        task = load_task(settings)
-        labels = [example.label for example in task.train]
-        return "counted here", labels, len(task.test), task
-    found = published(settings)
+    if task.row is None or (source and Path(source).exists()):
+        loaded = load_task(settings)
+        labels = [example.label for example in loaded.train]
+        return "counted here", labels, len(loaded.test), loaded
+    which = task.which(settings.task_options)
+    found = task.published.get(which)
+    if found is None:
+        known = [f"{x.name} {name}".strip() for x in TASKS.values() for name in x.published]
+        raise SettingsError(
+            f"no size of {f'{task.name} {which}'.strip()!r} is known here; known: "
+            f"{', '.join(known)}; other data are planned from files (task_options.source)"
+        )
     tests = min(settings.test_size, found.test or settings.test_size)
     labels = [label for label, count in enumerate(found.train) for _ in range(count)]
-    spent = (
-        settings.shared_per_class * len(found.train) if _kind(settings) == "classification" else 0
-    )
+    spent = settings.shared_per_class * len(found.train) if task.kind == "classification" else 0
     spent += 0 if found.test else tests
     kept = min(len(labels) - spent, settings.train_size or len(labels))
     if kept < 1:
         raise SettingsError(f"{len(labels)} examples leave none for training; lower test_size")
     places = [place * len(labels) // kept for place in range(kept)]  # the labels' own shares
     classes = tuple(map(str, range(len(found.train))))
-    task = Task(settings.task, classes, (), (), (), _kind(settings))
-    return f"sizes: {found.source}", [labels[place] for place in places], tests, task
-
-
-def _kind(settings: Settings) -> Literal["classification", "language"]:
-    return "classification" if settings.task == "glue" else "language"
+    empty = LoadedTask(task.name, classes, (), (), (), task.kind)
+    return f"sizes: {found.source}", [labels[place] for place in places], tests, empty
 
 
 def _shape(
-    settings: Settings, task: Task
+    settings: Settings, task: LoadedTask
 ) -> tuple[Any, int, dict[str, tuple[int, int]], dict[int, dict[str, int]], int]:
     """The model's config, its parameters, the modules with adapters, their ranks by client rank,
     and the parameters of a head that is trained.
@@ -218,41 +232,30 @@ def _shape(
 
 
 def _traffic(planned: Plan, rule: flk.Rule) -> Traffic:
-    """What the participants of a round send and receive; a mean where they differ by round."""
-    settings, modules, ranks = planned.settings, planned.modules, planned.ranks
-    numbers = range(1, min(settings.rounds, 20) + 1)
-    head = 0 if rule.personal else FLOAT * planned.head
+    """What the participants of a round send and receive; a mean where they differ by round.
 
-    def moving(number: int) -> str:
-        """The factors that change: a fixed one stays where it is (RoLoRA)."""
-        return trained(rule, settings, number) if rule.sends == "both" else rule.sends
-
-    def size(rank: int, module: str, factors: str) -> int:
-        return FLOAT * planned.size(module, rank, factors)
-
-    def received(asked: list[int], module: str, factors: str) -> int:
-        own = [ranks[settings.ranks[k]][module] for k in asked]
-        stacked = sum(own)
-        if rule.receives in ("leading", "own"):
-            return sum(size(rank, module, rule.sends) for rank in own)
-        wide = {"flora": stacked, "florist": min(stacked, *modules[module])}
-        if rule.name == "fedex":  # the averages, and their residual of the stacked rank at most
-            wide["fedex"] = 2 * max(own) + stacked
-        factors = factors if rule.name in AVERAGES else rule.sends
-        return len(asked) * size(wide.get(rule.name, max(own)), module, factors)
-
+    The library's own delivery counts the bytes, of adapters of the real shapes without numbers.
+    """
+    settings = planned.settings
+    clients = {rank: planned.shapes(ranks) for rank, ranks in planned.ranks.items()}
+    heads = "local" if rule.personal else "average"
     up, down = [], []
-    for number in numbers:
-        asked, factors = participants(settings, number), moving(number)
-        heads = len(asked) * head
-        own = [(ranks[settings.ranks[k]][module], module) for k in asked for module in modules]
-        up.append(heads + sum(size(rank, module, factors) for rank, module in own))
-        down.append(heads + sum(received(asked, module, factors) for module in modules))
-    bound = rule.name in ("florist", "fedex")
-    return Traffic(rule.name, round(fmean(up)), round(fmean(down)), bound)
+    for number in range(1, min(settings.rounds, 20) + 1):
+        asked = [settings.ranks[k] for k in participants(settings, number)]
+        widest = {
+            module: rule.widest([planned.ranks[rank][module] for rank in asked], size)
+            for module, size in planned.modules.items()
+        }
+        delivery = flk.Delivery(rule, planned.shapes(widest), heads=heads)
+        sent, received = traffic(
+            delivery, [clients[rank] for rank in asked], trained(rule, settings, number)
+        )
+        up.append(sent)
+        down.append(received)
+    return Traffic(rule.name, round(fmean(up)), round(fmean(down)), rule.bounded)
 
 
-def _memory(planned: Plan, config: Any, task: Task) -> dict[str, int]:
+def _memory(planned: Plan, config: Any, task: LoadedTask) -> dict[str, int]:
     """Bytes of the base, the adapters, one client's training and one aggregation."""
     settings = planned.settings
     gpu = settings.device != "cpu" and torch.cuda.is_available()

@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
-from fedlora_kernels import reference
+from fedlora_kernels import ops, reference
+
+BadCall = tuple[type[Exception], str, tuple[object, ...]]
+"""What the face raises, the operator's name and its arguments."""
 
 EPS = {
     dtype: torch.finfo(dtype).eps
@@ -235,3 +239,13 @@ def strided_in_nan(x: torch.Tensor) -> torch.Tensor:
     view = storage[..., 1 : columns + 1, 1 : 2 * rows + 1 : 2].mT
     view.copy_(x)
     return view
+
+
+def assert_refuses(error: type[Exception], name: str, arguments: tuple[object, ...]) -> None:
+    """The face raises the error, the raw operator a RuntimeError that names it, with one text."""
+    with pytest.raises(error) as said:
+        getattr(ops, name)(*arguments)
+    assert type(said.value) is error
+    with pytest.raises(RuntimeError) as refused:
+        getattr(torch.ops.fedlora, name)(*arguments)
+    assert str(refused.value).splitlines()[0] == f"fedlora::{name}: {said.value}"

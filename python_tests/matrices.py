@@ -8,8 +8,10 @@ value must be computed from the rounded factors (``Batch.b``, ``Batch.a``).
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -259,23 +261,35 @@ def _rank_deficient(
     return torch.cat(bs, dim=2), torch.cat(as_, dim=1)
 
 
+def _padded(b: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same update from a stack of rank R, whose further columns and rows are zero.
+
+    Rows of A that are dependent up to rounding would not do: their Gram matrix does not show what
+    rounding adds, and B does not have to vanish there.
+    """
+    pad = torch.nn.functional.pad
+    return pad(b, (0, rank - b.shape[2])), pad(a, (0, 0, 0, rank - a.shape[1]))
+
+
 def _clustered(family: Family, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Singular values 4, 4, 4, 4, 1, 1, 1, 1, ... up to the rounding of the dtype."""
     stacked_rank = sum(family.ranks)
-    b = orthonormal_columns(generator, family.modules, family.m, stacked_rank)
-    a = orthonormal_columns(generator, family.modules, family.n, stacked_rank).mT
-    values = torch.where(torch.arange(stacked_rank) % 8 < 4, 4.0, 1.0).double()
-    return b * values * len(family.ranks), a
+    rank = min(stacked_rank, family.m, family.n)
+    b = orthonormal_columns(generator, family.modules, family.m, rank)
+    a = orthonormal_columns(generator, family.modules, family.n, rank).mT
+    values = torch.where(torch.arange(rank) % 8 < 4, 4.0, 1.0).double()
+    return _padded(b * values * len(family.ranks), a, stacked_rank)
 
 
 def _graded(family: Family, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Singular values 1, 1/3, 1/9, ...: a gap everywhere, down to far below half precision."""
     stacked_rank = sum(family.ranks)
-    b = orthonormal_columns(generator, family.modules, family.m, stacked_rank)
-    a = orthonormal_columns(generator, family.modules, family.n, stacked_rank).mT
-    values = 3.0 ** -torch.arange(stacked_rank, dtype=torch.float64)
-    mixing = orthonormal_columns(generator, family.modules, stacked_rank, stacked_rank)
-    return (b * values) @ mixing * len(family.ranks), mixing.mT @ a
+    rank = min(stacked_rank, family.m, family.n)
+    b = orthonormal_columns(generator, family.modules, family.m, rank)
+    a = orthonormal_columns(generator, family.modules, family.n, rank).mT
+    values = 3.0 ** -torch.arange(rank, dtype=torch.float64)
+    mixing = orthonormal_columns(generator, family.modules, rank, rank)
+    return _padded((b * values) @ mixing * len(family.ranks), mixing.mT @ a, stacked_rank)
 
 
 THRESHOLD_VALUES = ((9.0, 3.0, 3.0, 1.0), (2.0, 2.0, 1.0, 1.0), (7.0, 1.0, 1.0, 7.0))
@@ -298,7 +312,8 @@ def _energy_on_threshold(
     values = torch.tensor(THRESHOLD_VALUES[: family.modules], dtype=torch.float64)
     order = torch.tensor([2, 0, 3, 1])
     b = small[:, 1:5].expand(family.modules, -1, -1) * values[:, None, order]
-    return b, hadamard[5:9].expand(family.modules, -1, -1)
+    a = hadamard[5:9].expand(family.modules, -1, -1)
+    return _padded(b, a, sum(family.ranks))
 
 
 FAMILIES: dict[str, Family] = {
@@ -390,3 +405,86 @@ def cancelling(
     a = normal(generator, 2, rank, n).to(dtype)
     scale = torch.tensor(weights, dtype=torch.float64).repeat_interleave(rank).repeat(2, 1)
     return torch.cat([b, -b], dim=2), torch.cat([a, a], dim=1), scale
+
+
+LARGE_RANKS = (64, 65, 160, 161, 168, 169, 236, 237, 320, 336, 337, 448, 472, 473, 512)
+"""Stacked ranks on both sides of every border between two of the CUDA eigensolver's kernels."""
+
+LARGE_FAMILIES = ("independent", "shared_start_1e-2")
+"""Families at all of these ranks; the others at EVERY_FAMILY_AT alone, or in slow tests."""
+
+EVERY_FAMILY_AT = (65, 169, 512)
+
+FULL_ON_THE_CPU = 65
+"""The largest rank at which an emulated decomposition of a full-rank stack takes about a second."""
+
+SIDES = (19, 23)
+"""m and n of a thin module: far below its stacked rank, so that the emulator takes a second."""
+
+
+@dataclass(frozen=True)
+class Large:
+    """A family at another stacked rank R: thin (m, n < R) or full (the family's proportions)."""
+
+    name: str
+    rank: int
+    full: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}-R{self.rank}-{'full' if self.full else 'thin'}"
+
+    def build(self, dtype: torch.dtype) -> Batch:
+        """Draw it, 2 or 3 modules."""
+        family = FAMILIES[self.name]
+        m, n = (_side(side, family, self.rank) for side in (family.m, family.n))
+        if self.name == "energy_on_threshold":  # Hadamard matrices of these sizes
+            m, n = family.m, family.n
+        elif not self.full:
+            m, n = min(SIDES[0], m), min(SIDES[1], n)
+        modules = max(2, family.modules)
+        resized = replace(family, m=m, n=n, ranks=_ranks(family, self.rank), modules=modules)
+        return resized.build(dtype)
+
+
+def _side(side: int, family: Family, rank: int) -> int:
+    """Above, at or below R as the family's own is."""
+    before = sum(family.ranks)
+    if side > before:
+        return rank + 5 + side % 8
+    return rank if side == before else max(1, side * rank // before)
+
+
+def _ranks(family: Family, rank: int) -> tuple[int, ...]:
+    """The clients' ranks in the family's proportions, summing to R.
+
+    What is left over goes to a client that no family pairs with another: the second of three or
+    more, else a further one.
+    """
+    before = sum(family.ranks)
+    if set(family.ranks) == {1}:
+        return (1,) * rank if len(family.ranks) > 1 else (rank,)
+    ranks = [max(1, each * rank // before) for each in family.ranks]
+    left = rank - sum(ranks)
+    if len(ranks) == 2:
+        return (*ranks, left) if left else tuple(ranks)
+    ranks[min(1, len(ranks) - 1)] += left
+    return tuple(ranks)
+
+
+def large_cases() -> list[Any]:
+    """Parameters of the tests of large stacked ranks.
+
+    Thin stacks of two families at all ranks and of every family at three. Stacks of full rank, at
+    which the eigensolver has its most to do, take minutes in the emulator: all of them are slow
+    tests, and those of the two families run on a GPU in any case.
+    """
+    cases = []
+    for rank in LARGE_RANKS:
+        for name in FAMILIES:
+            chosen = name in LARGE_FAMILIES
+            at_once = chosen and (DEVICE.type == "cuda" or rank <= FULL_ON_THE_CPU)
+            for full, now in ((False, chosen or rank in EVERY_FAMILY_AT), (True, at_once)):
+                case = Large(name, rank, full)
+                marks = () if now else pytest.mark.slow
+                cases.append(pytest.param(case, marks=marks, id=str(case)))
+    return cases

@@ -6,11 +6,12 @@ import json
 from rich.console import Console
 
 import fedlora_kernels as flk
-from integration.compare import choose, compare
+from integration.compare import compare
+from integration.rounds.rule import choose
 from integration.settings import from_preset
 
 MESSAGES = [
-    {"role": "user", "content": "Name a colour."},
+    {"role": "user", "content": "Name a color."},
     {"role": "assistant", "content": "Blue."},
 ]
 """A conversation in the form of TRL's data sets."""
@@ -39,18 +40,18 @@ def language(**changes):
     return miniature(**(tiny | changes))
 
 
-def run(out, settings, rules=None, **options):
+def run(out, settings, rules=None, console=None, **options):
     """The summary, and the lines of metrics.jsonl by rule."""
     chosen, _ = choose(settings, explicit=False)
-    chosen = [flk.rules()[name] for name in rules] if rules else chosen
-    summary = compare(settings, chosen, out, Console(quiet=True), **options)
+    chosen = [flk.rules.make(name) for name in rules] if rules else chosen
+    summary = compare(settings, chosen, out, console or Console(quiet=True), **options)
     return summary, metrics(out)
 
 
 def metrics(out):
     """The lines of metrics.jsonl by rule."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {name: [x for x in lines if x["rule"] == name] for name in flk.rules()}
+    return {name: [x for x in lines if x["rule"] == name] for name in flk.rules.names()}
 
 
 def timeless(lines):

@@ -10,10 +10,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 
-from integration.compare import choose, compare
-from integration.engine import LocalEngine
+from integration.compare import compare
 from integration.flower import client as client_app
 from integration.flower.engine import FlowerEngine
+from integration.rounds.engine import LocalEngine
+from integration.rounds.rule import choose
 from integration.settings import from_preset
 
 for name in ("run_id", "node_id", "task_id"):  # what Flower sets in its own processes

@@ -2,9 +2,9 @@
 
 import json
 
-from integration.judge import Score
-from integration.records import Round, write_metrics
-from integration.summary import write_summary
+from integration.report.summary import write_summary
+from integration.rounds.evaluate import Score
+from integration.rounds.records import Metrics, RoundRecord
 
 SETTINGS = {
     "task": "a task",
@@ -51,7 +51,7 @@ def a_round(rule, number, *, seed=0, **changes):
         "accuracy": 0.5 + 0.1 * number + 0.01 * seed,
         "loss": 1.0,
     }
-    return Round(rule=rule, seed=seed, round=number, modules=modules, **(fields | changes))
+    return RoundRecord(rule=rule, seed=seed, round=number, modules=modules, **(fields | changes))
 
 
 def a_run(folder, rounds=None, **settings):
@@ -65,6 +65,8 @@ def a_run(folder, rounds=None, **settings):
         "versions": {"python": "3.11", "torch": "2.13"},
     }
     (folder / "settings.json").write_text(json.dumps(content))
-    write_metrics(folder, rounds)
+    metrics = Metrics(folder)
+    for record in rounds:
+        metrics.append(record)
     write_summary(folder, rounds, Score(0.5, 1.2))
     return folder

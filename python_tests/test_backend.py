@@ -1,29 +1,13 @@
 """Which backend serves: forced ones, nonsense, and an installation without torch."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import copy_sources, run
 
 import fedlora_kernels as flk
-from fedlora_kernels import native
-
-
-def run(
-    code: str, backend: str | None = None, libraries: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "FEDLORA_BACKEND"}
-    if backend is not None:
-        environment["FEDLORA_BACKEND"] = backend
-    if libraries is not None:
-        environment["FEDLORA_LIBRARIES"] = str(libraries)
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-
+from fedlora_kernels.backends import libraries
 
 ERRORS = """
 import json, torch
@@ -48,7 +32,7 @@ print(json.dumps([flk.backend(), errors]))
 """
 
 
-EMULATED = native.library("fedlora_cuda_emulated") is not None
+EMULATED = libraries.library("fedlora_cuda_emulated") is not None
 
 
 def test_forced_backends_serve_and_agree() -> None:
@@ -65,20 +49,100 @@ def test_forced_backends_serve_and_agree() -> None:
 
 
 def test_nonsense_raises_with_what_can_serve() -> None:
-    done = run("import fedlora_kernels", "quantum")
+    done = run("import fedlora_kernels.ops", "quantum")
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: FEDLORA_BACKEND=quantum cannot serve")
-    serving = [item.name for item in flk.backends() if item.serves]
+    serving = [item.name for item in flk.backends.ordered() if item.serves]
     assert "composed" in serving
     assert all(name in last.partition("these can: ")[2].split(", ") for name in serving)
 
 
 def test_backends_are_described() -> None:
-    assert flk.backend() in {item.name for item in flk.backends() if item.serves}
-    assert all(item.reason for item in flk.backends())
-    names = [item.name for item in flk.backends()]
+    assert flk.backend() in {item.name for item in flk.backends.ordered() if item.serves}
+    assert all(item.reason for item in flk.backends.ordered())
+    names = [item.name for item in flk.backends.ordered()]
     assert len(names) == len(set(names))
+
+
+NEW_BACKEND = '''"""``columns``: weighted sums on the CPU, one client after the other."""
+
+from typing import TYPE_CHECKING
+
+from fedlora_kernels.backends.base import Backend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedlora_kernels.ops.operator import Operators
+
+
+class Columns(Backend):
+    """``weighted_sum`` for tensors on the CPU; the other operators are composed."""
+
+    name = "columns"
+    only_forced = True
+
+    def look(self) -> tuple[bool, str]:
+        """It needs what ``composed`` needs."""
+        return True, "weighted sums on the CPU; composed for the rest"
+
+    def activate(self, operators: "Operators") -> None:
+        """Register ``weighted_sum`` for the CPU."""
+        super().activate(operators)
+        operators["weighted_sum"].implement(_weighted_sum, "CPU")
+
+
+def _weighted_sum(stacked: "Tensor", weights: "Tensor") -> "Tensor":
+    print("columns")
+    clients = weights.double().expand(stacked.shape[:2]).unbind(1)
+    terms = zip(stacked.double().unbind(1), clients, strict=True)
+    flat = [weight * part.flatten(1).T for part, weight in terms]
+    total = sum(flat[1:], start=flat[0]).T
+    return total.reshape(stacked.shape[0], *stacked.shape[2:]).to(stacked.dtype)
+'''
+
+IMPORT = "from fedlora_kernels.backends.columns import Columns"
+
+USE = """
+import torch
+from fedlora_kernels import backend, ops
+
+stacked, weights = torch.arange(24.0).view(2, 3, 4), torch.tensor([0.5, 0.25, 0.25])
+expected = torch.einsum("lkd,k->ld", stacked, weights)
+print(backend())
+assert torch.equal(ops.weighted_sum(stacked, weights), expected)
+listed = ops.weighted_sum_list(list(stacked.flatten(0, 1)), weights.expand(2, 3))
+assert torch.equal(listed, expected)
+try:
+    ops.weighted_sum(stacked[0, 0], weights)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_new_backend_is_one_file_and_one_row(tmp_path: Path) -> None:
+    """It is forced by name, refuses as the others do, and list forms reach its kernel."""
+    folder = copy_sources(tmp_path) / "backends"
+    (folder / "columns.py").write_text(NEW_BACKEND)
+    table = (folder / "__init__.py").read_text()
+    for below, row in (
+        ("from fedlora_kernels.backends.compiled", IMPORT),
+        ("    Reference(),", "    Columns(),"),
+    ):
+        assert table.count(below) == 1
+        table = table.replace(below, f"{row}\n{below}")
+    (folder / "__init__.py").write_text(table)
+
+    done = run(USE, "columns", tree=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = "stacked must be [L,K,...], found shape [4]"
+    assert done.stdout.splitlines() == ["columns", "columns", "columns", text]
+    reasons = run(
+        "import fedlora_kernels as flk; print([b.name for b in flk.backends.ordered()])",
+        tree=tmp_path,
+    )
+    assert "'composed', 'columns', 'reference'" in reasons.stdout
 
 
 STATE = """
@@ -87,7 +151,7 @@ from pathlib import Path
 
 print(flk.backend())
 print("libfedlora_cuda" in Path("/proc/self/maps").read_text())
-print({item.name: item.serves for item in flk.backends()}["cuda-emulated"])
+print({item.name: item.serves for item in flk.backends.ordered()}["cuda-emulated"])
 """
 
 
@@ -105,7 +169,7 @@ def test_libraries_built_elsewhere_are_found_first(tmp_path: Path) -> None:
     """A broken one there hides any other, and a forced backend then says what the linker said."""
     library = tmp_path / "libfedlora_cuda_emulated.so"
     library.write_text("no library")
-    done = run("import fedlora_kernels", "cuda-emulated", tmp_path)
+    done = run("import fedlora_kernels.ops", "cuda-emulated", libraries=tmp_path)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
@@ -117,7 +181,7 @@ def test_libraries_built_elsewhere_are_found_first(tmp_path: Path) -> None:
 
 def test_cuda_without_its_library_cannot_be_forced(tmp_path: Path) -> None:
     (tmp_path / "libfedlora_cuda.so").write_text("no library")
-    done = run("import fedlora_kernels", "cuda", tmp_path)
+    done = run("import fedlora_kernels.ops", "cuda", libraries=tmp_path)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: FEDLORA_BACKEND=cuda cannot serve (")

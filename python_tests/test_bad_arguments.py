@@ -17,18 +17,17 @@ MODULE = "layers.0.down"
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ([1.0, 1.0], r"2 weights for 3 clients"),
-        ([1.0] * 4, r"4 weights for 3 clients"),
-        ([], r"0 weights for 3 clients"),
-        ([1.0, -1.0, 1.0], r"client 1 \(site-1\): weight -1"),
-        ([1.0, 1.0, math.nan], r"client 2 \(site-2\): weight nan"),
-        ([math.inf, 1.0, 1.0], r"client 0 \(site-0\): weight inf"),
-        ([0.0, 0.0, 0.0], r"all weights are zero"),
-        ([1.0, "many", 1.0], r"client 1 \(site-1\): weight many"),
-        ([1.0, 1.0, None], r"client 2 \(site-2\): weight None"),
-        ([10**400, 1.0, 1.0], r"client 0 \(site-0\): weight 1000"),
+        pytest.param([1.0, 1.0], r"2 weights for 3 clients", id="too_few"),
+        pytest.param([1.0] * 4, r"4 weights for 3 clients", id="too_many"),
+        pytest.param([], r"0 weights for 3 clients", id="none"),
+        pytest.param([1.0, -1.0, 1.0], r"client 1 \(site-1\): weight -1", id="negative"),
+        pytest.param([1.0, 1.0, math.nan], r"client 2 \(site-2\): weight nan", id="nan"),
+        pytest.param([math.inf, 1.0, 1.0], r"client 0 \(site-0\): weight inf", id="infinite"),
+        pytest.param([0.0, 0.0, 0.0], r"all weights are zero", id="all_zero"),
+        pytest.param([1.0, "many", 1.0], r"client 1 \(site-1\): weight many", id="text"),
+        pytest.param([1.0, 1.0, None], r"client 2 \(site-2\): weight None", id="missing"),
+        pytest.param([10**400, 1.0, 1.0], r"client 0 \(site-0\): weight 1000", id="huge"),
     ],
-    ids=str,
 )
 def test_weights(weights: list[Any], words: str, sites: list[str]) -> None:
     assert_refused(sites, words, weights=weights)
@@ -49,23 +48,27 @@ def test_no_clients() -> None:
 
 
 def test_unknown_rule_lists_the_rules(sites: list[str]) -> None:
-    words = "unknown rule 'fedavg'.*" + ".*".join(flk.rules())
+    words = "unknown rule 'fedavg'.*" + ".*".join(flk.rules.names())
     assert_refused(sites, words, error=ValueError, rule="fedavg")
 
 
-@pytest.mark.parametrize("rule", flk.rules())
+@pytest.mark.parametrize("rule", flk.rules.names())
 def test_unknown_option_lists_the_options(rule: str, sites: list[str]) -> None:
     words = rf"rule '{rule}' has no option 'temperature'; its options: "
     assert_refused(sites, words, error=TypeError, rule=rule, temperature=1.0)
 
 
-@pytest.mark.parametrize("energy", [0, 0.0, 1.5, math.nan, -1.0])
+@pytest.mark.parametrize(
+    "energy",
+    [0, 0.0, 1.5, math.nan, -1.0],
+    ids=["integer_zero", "zero", "over_one", "nan", "negative"],
+)
 def test_energy_out_of_range(energy: float, sites: list[str]) -> None:
     assert_refused(sites, "energy", error=ValueError, rule="florist", energy=energy)
 
 
 @pytest.mark.parametrize("rule", ["florist", "flexlora"])
-@pytest.mark.parametrize("rank", [0, -3])
+@pytest.mark.parametrize("rank", [0, -3], ids=["zero", "negative"])
 def test_rank_out_of_range(rule: str, rank: int, sites: list[str]) -> None:
     assert_refused(sites, rf"rank.*{rank}", error=ValueError, rule=rule, rank=rank)
 
@@ -107,7 +110,7 @@ def test_an_aggregate_that_its_dtype_cannot_hold(
     assert_ideal(round_.aggregate(rule, **PRODUCT_RULES[rule], dtype=torch.float64), round_)
 
 
-@pytest.mark.parametrize("rule", flk.rules())
+@pytest.mark.parametrize("rule", flk.rules.names())
 def test_a_scaling_whose_square_no_float64_holds(rule: str) -> None:
     """It would make norms infinite or NaN, and every rank zero."""
     round_ = draw(alphas=(8, 1e200, 8), common_a=True)

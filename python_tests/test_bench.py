@@ -5,6 +5,8 @@ Times are never compared with anything here.
 
 import json
 import math
+import re
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,25 +19,49 @@ import torch
 from rich.console import Console
 
 import fedlora_kernels as flk
-from fedlora_kernels import bench, reference
-from fedlora_kernels.bench import (
-    aggregations,
-    correctness,
-    inputs,
-    memory,
-    overhead,
-    peers,
-    pipelines,
-    results,
-    roofline,
-    stages,
+from benchmarks import figures, peers, readme
+from benchmarks import run as program
+from benchmarks.peers import (
+    adam,
+    dense_svd,
+    flower,
+    numpy_selection,
+    peft_merge,
+    product_eigenvalues,
+    qr_core,
+    svd_lowrank,
+    three_svds,
+    two_roots,
 )
-from fedlora_kernels.bench.correctness import Check
-from fedlora_kernels.bench.device import Device
-from fedlora_kernels.bench.inputs import Stacks
-from fedlora_kernels.bench.measure import Comparison, Run, Variant, ratio
-from fedlora_kernels.bench.roofline import Roofline, Work
-from fedlora_kernels.bench.shapes import FLORIST_RANKS, LAYERS, MODELS, Case, equal
+from benchmarks.stand import correctness, inputs, memory, overhead, results, roofline
+from benchmarks.stand.correctness import Check
+from benchmarks.stand.device import Device
+from benchmarks.stand.inputs import Round, Stacks
+from benchmarks.stand.measure import Comparison, Run, Variant, ratio
+from benchmarks.stand.peer import Peer, Prepared, variants
+from benchmarks.stand.revision import Revision, RevisionError
+from benchmarks.stand.roofline import Roofline, Work
+from benchmarks.stand.shapes import FLORIST_RANKS, LAYERS, MODELS, Case, equal
+from benchmarks.stand.suite import Setting
+from benchmarks.stand.tasks import Averages, Mean, Spectrum, Surrogate, Truncation
+from benchmarks.suites import (
+    acceptance,
+    aggregate,
+    combine,
+    flora_na,
+    flows,
+    gpu,
+    gram,
+    rank,
+    scaling,
+    short,
+    spectrum,
+    stacked_svd,
+    surrogate,
+    weighted_sum,
+)
+from fedlora_kernels import reference
+from fedlora_kernels.ops.operator import Operator
 
 CPU = Device.use("cpu", 2)
 ROOF = Roofline(1e9, 1e9, 2e9)
@@ -68,6 +94,10 @@ def updates(stacks: Stacks, rule: Callable[..., torch.Tensor], **options: Any) -
     )
 
 
+def truncation(stacks: Stacks, energy: float, max_rank: int | None) -> Truncation:
+    return Truncation(Round.of(stacks), energy, max_rank)
+
+
 def assert_updates(pairs: list[correctness.Pair], expected: torch.Tensor, tolerance: float) -> None:
     found = torch.stack([b.double() @ a.double() for b, a in pairs])
     error = torch.linalg.matrix_norm(found - expected) / torch.linalg.matrix_norm(expected)
@@ -76,27 +106,28 @@ def assert_updates(pairs: list[correctness.Pair], expected: torch.Tensor, tolera
 
 @pytest.mark.parametrize("stacks", [PLAIN, MIXED, WIDE], indirect=True, ids=str)
 @pytest.mark.parametrize("energy", [0.5, 0.9])
-@pytest.mark.parametrize("peer", [peers.three_svds, peers.qr_core, peers.dense_svd])
+@pytest.mark.parametrize("peer", [three_svds.three_svds, qr_core.qr_core, dense_svd.dense_svd])
 def test_svd_peers_are_florist(
     stacks: Stacks, energy: float, peer: Callable[..., list[correctness.Pair]]
 ) -> None:
     expected = updates(stacks, reference.rules.florist, energy=energy, max_rank=6)
-    assert_updates(peer(stacks, energy, 6), expected, TIGHT)
+    assert_updates(peer(truncation(stacks, energy, 6)), expected, TIGHT)
 
 
 @pytest.mark.parametrize("stacks", [PLAIN, MIXED], indirect=True, ids=str)
 def test_svd_lowrank_is_near_the_truncation(stacks: Stacks) -> None:
     torch.manual_seed(0)
-    checks = correctness.near_optimal(
-        stacks, peers.svd_lowrank(stacks, 6), pipelines.SVD_LOWRANK_EXCESS
-    )
+    task = truncation(stacks, 0.9, 6)
+    pairs = svd_lowrank.svd_lowrank(task)
+    assert {pair[1].shape[0] for pair in pairs} == {6}
+    checks = correctness.near_optimal(stacks, pairs, svd_lowrank.EXCESS)
     assert all(check.passed for check in checks), checks
 
 
 @pytest.mark.parametrize("case", [SINGLE, replace(MIXED, dtype=torch.float32)], ids=str)
 def test_peft_peers(case: Case) -> None:
     stacks = inputs.draw(case)
-    model = peers.PeftModel(stacks)
+    model = peft_merge.PeftModel(Round.of(stacks))
     dense = updates(stacks, reference.rules.ideal_update)
     eps = 8 * torch.finfo(torch.float32).eps
     for _ in range(2):  # a second merge under the same name is done again, not returned at once
@@ -113,7 +144,7 @@ def test_peft_peers(case: Case) -> None:
 @pytest.mark.parametrize("stacks", [SINGLE], indirect=True, ids=str)
 def test_numpy_average_is_the_weighted_sum(stacks: Stacks) -> None:
     arrays = [[stacks.client_a[module][k].numpy() for module in range(2)] for k in range(3)]
-    found = peers.flower_average(arrays, [8.0, 6.0, 4.0])
+    found = flower.average(arrays, [8.0, 6.0, 4.0])
     stacked = stacks.a.unflatten(1, (3, -1))
     expected = reference.weighted_sum(stacked, torch.tensor([8.0, 6.0, 4.0]) / 18)
     torch.testing.assert_close(
@@ -124,15 +155,15 @@ def test_numpy_average_is_the_weighted_sum(stacks: Stacks) -> None:
 def test_numpy_selection_is_the_references() -> None:
     sigma = inputs.spectra(replace(PLAIN, modules=40))
     expected = reference.select_rank(sigma, sigma.square().sum(-1), 0.9, 8)
-    assert peers.numpy_selection(sigma.numpy(), 0.9, 8) == expected.tolist()
+    assert numpy_selection.ranks(sigma.numpy(), 0.9, 8) == expected.tolist()
 
 
 def test_spectrum_peers(stacks: Stacks) -> None:
-    grams = reference.gram(stacks.b, False), reference.gram(stacks.a, True)
-    expected = reference.spectrum(*grams, stacks.scale)[0]
+    task = Spectrum(stacks)
+    expected = reference.spectrum(*task.grams, stacks.scale)[0]
     scale = float(expected.max()) ** 2
-    roots = torch.stack([sigma for _, sigma in peers.two_roots(*grams, stacks.scale)])
-    squares = torch.stack(peers.product_eigenvalues(*grams, stacks.scale))
+    roots = torch.stack([sigma for _, sigma in two_roots.two_roots(task)])
+    squares = torch.stack(product_eigenvalues.product_eigenvalues(task))
     assert float((roots.square() - expected.square()).abs().max()) <= 1e-13 * scale
     assert float((squares - expected.square()).abs().max()) <= 1e-12 * scale
 
@@ -141,10 +172,10 @@ def test_adam_minimises_flora_nas_objective() -> None:
     stacks = inputs.draw(replace(PLAIN, family="unbalanced"))
     grams = reference.gram(stacks.b, False), reference.gram(stacks.a, True)
     objective = reference.surrogate(*grams, stacks.weights, stacks.scalings)[2]
-    even = stacks.weights.expand_as(stacks.scalings)
-    start = stages.shortfall(stacks, even, even)
+    task = Surrogate(stacks, steps=60)
+    start = task.fedit
     torch.testing.assert_close(start, objective[:, 0] / stacks.total_energy, rtol=1e-9, atol=0)
-    reached = stages.shortfall(stacks, *peers.adam(stacks, 1e-2, 60))
+    reached = task.shortfall(*adam.adam(task, 1e-2))
     assert bool((reached < start).all())
     assert bool((reached >= objective[:, -1] / stacks.total_energy * (1 - 1e-9)).all())
 
@@ -156,7 +187,7 @@ def test_reference_values_are_those_of_the_dense_update(stacks: Stacks) -> None:
     expected = torch.linalg.svdvals(dense)
     error = (stacks.sigma - expected[:, : stacks.sigma.shape[1]]).abs().max()
     assert float(error) <= TIGHT * float(expected.max())
-    pairs = peers.qr_core(stacks, 0.5, None)
+    pairs = qr_core.qr_core(truncation(stacks, 0.5, None))
     gaps = torch.stack([x - b @ a for x, (b, a) in zip(dense, pairs, strict=True)])
     torch.testing.assert_close(
         correctness.distances(stacks, pairs), torch.linalg.matrix_norm(gaps), rtol=1e-9, atol=0
@@ -175,23 +206,34 @@ def comparisons() -> dict[str, Callable[[], Comparison]]:
     narrow = inputs.draw(replace(SINGLE, size=(64, 96)))
     mixed = inputs.draw(replace(SINGLE, ranks=(5, 3, 1)))
     bf16 = inputs.draw(replace(SINGLE, dtype=torch.bfloat16))
+    fixed_a = inputs.draw(replace(narrow.case, family=flows.FIXED_A))
+    everything = (*stacked_svd.ON_FACTORS, *stacked_svd.ON_UPDATES, *stacked_svd.MERGED)
     made: dict[str, Callable[[], Comparison]] = {
-        "gram": lambda: stages.gram(narrow),
-        "gram bf16": lambda: stages.gram(bf16),
-        "spectrum": lambda: stages.spectrum(narrow),
-        "rank": lambda: stages.rank(PLAIN, inputs.spectra(PLAIN)),
-        "combine": lambda: stages.combine(mixed),
-        "weighted_sum": lambda: stages.weighted_sum(narrow),
-        "surrogate": lambda: stages.surrogate(narrow, steps=30),
-        "stacked_svd": lambda: pipelines.stacked_svd(
-            narrow, max_rank=8, dense=True, merged=("svd", "cat")
-        ),
-        "stacked_svd mixed": lambda: pipelines.stacked_svd(mixed, max_rank=8),
-        "flora_na": lambda: pipelines.flora_na(narrow),
-        "flora_na bf16": lambda: pipelines.flora_na(bf16),
+        "gram": lambda: gram.compare(narrow),
+        "gram bf16": lambda: gram.compare(bf16),
+        "spectrum": lambda: spectrum.compare(narrow),
+        "rank": lambda: rank.compare(PLAIN, CPU),
+        "combine": lambda: combine.compare(mixed),
+        "weighted_sum": lambda: weighted_sum.compare(narrow),
+        "surrogate": lambda: surrogate.compare(narrow, steps=30),
+        "stacked_svd": lambda: stacked_svd.compare(narrow, everything, max_rank=8, cat=True),
+        "stacked_svd mixed": lambda: stacked_svd.compare(mixed, max_rank=8),
+        "flora_na": lambda: flora_na.compare(narrow),
+        "flora_na bf16": lambda: flora_na.compare(bf16),
     }
-    for rule in ("fedit", "flora_na", "flora", "florist", "fedex", "flexlora"):
-        made[f"aggregate {rule}"] = lambda rule=rule: aggregations.aggregation(narrow, rule)
+    for rule in ("fedit", "flora_na", "flora", "florist", "fedex", "flexlora", "hetlora"):
+        made[f"aggregate {rule}"] = lambda rule=rule: aggregate.compare(
+            Round.of(narrow), rule, aggregate.PEERS.get(rule, ()), "aggregate"
+        )
+    whole = Case("all-MiniLM-L6-v2", "query", equal(3, 4), modules=2, beside=("value",))
+    for rule in flows.PEERS:
+        family = flows.FIXED_A if rule == "ffa" else whole.family
+        made[f"flows {rule}"] = lambda rule=rule, family=family: aggregate.compare(
+            Round.draw(replace(whole, family=family)), rule, flows.PEERS[rule], "flows"
+        )
+    made["flows one kind"] = lambda: aggregate.compare(
+        Round.of(fixed_a), "ffa", flows.PEERS["ffa"], "flows"
+    )
     return made
 
 
@@ -204,11 +246,174 @@ def test_every_variant_is_right_and_gets_a_number(name: str) -> None:
     rows = Run(COMPARISONS[name](), CPU, ROOF, rounds=1).measured()
     assert {row.variant: row.refused for row in rows if row.refused} == {}
     assert rows[0].source == ""
-    assert rows[0].times_first == 1
     for row in rows:
         assert row.seconds is not None
-        assert row.share_of_floor == pytest.approx(row.floor_seconds / row.seconds)
-        assert all(check["error"] <= check["tolerance"] for check in row.checks)
+        assert row.checks, row.variant
+
+
+def test_flows_are_said_beside_their_targets_and_shown_in_the_readme() -> None:
+    rows = []
+    for case in flows.CASES:
+        small = replace(case, modules=1, ranks=equal(2, 3))
+        task = Averages(Round.draw(small))
+        for rule, share in (("fedit", 2.0), ("ffa", 0.5)):
+            family = flows.FIXED_A if rule == "ffa" else case.family
+            theirs = replace(flower.PEER.variant(task), timed=lambda: (0.1, None))
+            theirs = replace(theirs, checks=lambda _: [])
+            seconds = 0.1 * share
+            ours = Variant(
+                f"aggregate {rule}",
+                lambda: None,
+                lambda _: [],
+                task.work,
+                timed=lambda seconds=seconds: (seconds, None),
+            )
+            compared = Comparison("flows", replace(case, family=family), (ours, theirs), rule)
+            rows += Run(compared, CPU, ROOF, rounds=1).measured()
+    said = list(flows.ratios(rows))
+    assert len(said) == 6
+    assert said[0].endswith("200 ms,  2.00 of numpy average's 100 ms (target 1.30)")
+    assert said[1].endswith("50 ms,  0.50 of numpy average's 100 ms (target 0.80)")
+    assert said[5].endswith("(target 1.50)")
+    document = results.of_rows("flows", CPU, ROOF, rows)
+    section = readme.section({"flows": document}, [])
+    assert "TinyLlama-1.1B, 44 modules, 8 x 16" in section
+    assert "| `aggregate fedit` | numpy average | 200 ms; 0.50 | 200 ms; 0.50 |" in section
+
+
+PEER_FILES = sorted(
+    path.stem
+    for path in Path(peers.__file__).parent.glob("*.py")
+    if path.stem not in ("__init__", "cut")
+)
+
+
+@pytest.mark.parametrize("name", PEER_FILES)
+def test_a_peer_is_one_object_that_a_suite_names(name: str) -> None:
+    module = import_module(f"benchmarks.peers.{name}")
+    objects = {key for key, value in vars(module).items() if isinstance(value, Peer)}
+    assert objects
+    folder = Path(program.__file__).parent / "suites"
+    named = {
+        found
+        for path in folder.glob("*.py")
+        for found in re.findall(rf"\b{name}\.([A-Z][A-Z_0-9]*)", path.read_text(encoding="utf-8"))
+    }
+    assert objects <= named | {"PEER", "CAT"}
+    assert objects & named
+
+
+def test_a_new_peer_gets_a_row_if_its_check_passes() -> None:
+    task = Mean(inputs.draw(SINGLE))
+
+    def peer(name: str, factor: float) -> Peer[Mean]:
+        return Peer(
+            name,
+            "a test",
+            lambda task: Prepared(
+                lambda: factor * reference.weighted_sum(task.stacked, task.stacks.weights),
+                note="prepared",
+            ),
+            Mean.checks,
+            answers=lambda task: name != "elsewhere",
+        )
+
+    named = [peer("right", 1.0), peer("wrong", 1.001), peer("elsewhere", 1.0)]
+    compared = weighted_sum.compare(task.stacks)
+    others = (*compared.variants, *variants(task, named))
+    rows = Run(replace(compared, variants=others), CPU, ROOF, rounds=1).measured()
+    right, wrong = rows[-2:]
+    assert (right.variant, right.source, right.note, right.refused) == (
+        "right",
+        "a test",
+        "prepared",
+        "",
+    )
+    assert right.seconds is not None
+    assert (wrong.variant, wrong.seconds) == ("wrong", None)
+    assert "error / norm is 1.00e-03" in wrong.refused
+
+
+@pytest.fixture
+def another(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package's Python files that says another version, as if it had been built."""
+
+    def copied(_: Revision, folder: Path) -> Path:
+        installed = folder / "installed"
+        package = Path(flk.__file__).parent
+        shutil.copytree(
+            package,
+            installed / "fedlora_kernels",
+            ignore=lambda _, names: {
+                name for name in names if name.endswith(".so") or name == "__pycache__"
+            },
+        )
+        return installed
+
+    monkeypatch.setattr(Revision, "_built", copied)
+    return Path(flk.__file__)
+
+
+TINY_GPU = next(iter(gpu.SUITE.tiny(CPU)))
+
+
+@pytest.mark.usefixtures("another")
+def test_another_revision_is_measured_in_a_process_of_its_own() -> None:
+    with Revision("HEAD~1", CPU, tiny=True) as base:
+        assert base._folder is not None
+        comparison = gpu.SUITE.tiny(CPU)[TINY_GPU](CPU)
+        compared = base.added("gpu", TINY_GPU, comparison)
+        names = [variant.name for variant in compared.variants]
+        assert names[-2:] == ["exact at HEAD~1", "fast at HEAD~1"]
+        rows = Run(compared, CPU, ROOF, rounds=2).measured()
+        assert {row.variant: row.refused for row in rows if row.refused} == {}
+        assert (rows[-2].source, len(rows[-2].samples)) == ("git HEAD~1", 2)
+        assert rows[-2].checks == rows[0].checks
+        assert rows[-2].times_first is not None
+        with pytest.raises(RevisionError, match="KeyError"):
+            base.added("gpu", "no such comparison", comparison).variants[-1].timed()
+        folder = base._folder
+    assert not folder.exists()
+
+
+def test_a_revision_that_is_not_there() -> None:
+    with pytest.raises(RevisionError, match="no-such-revision"), Revision("no-such-revision", CPU):
+        pass
+
+
+@pytest.mark.slow
+def test_a_revision_is_built() -> None:
+    with Revision("HEAD", CPU, tiny=True) as base:
+        comparison = gpu.SUITE.tiny(CPU)[TINY_GPU](CPU)
+        rows = Run(base.added("gpu", TINY_GPU, comparison), CPU, ROOF, rounds=1).measured()
+    assert [row.refused for row in rows] == [""] * len(rows)
+    assert rows[-1].variant == "fast at HEAD"
+
+
+def test_numbers_of_a_row() -> None:
+    """On a clock that says 2 s for ours and 4, 12 and 5 s for a peer's rounds."""
+    before = [0.5, 0.5]  # the call that is checked, and one that says how long a call takes
+    clocks = {"ours": iter([*before, 2.0, 2.0, 2.0]), "peer": iter([*before, 4.0, 12.0, 5.0])}
+
+    def told(name: str, work: Work) -> Variant:
+        checks = [Check("error", 0.0, 1e-6)]
+        source = "" if name == "ours" else name
+        return Variant(
+            name,
+            lambda: None,
+            lambda _: checks,
+            work,
+            source,
+            timed=lambda: (next(clocks[name]), None),
+        )
+
+    # Floors on ROOF: 1 s by its bytes, and 1.5 s by its operations.
+    variants = (told("ours", Work(1e9)), told("peer", Work(1e8, flops_64=1e9, flops_32=1e9)))
+    ours, peer = Run(Comparison("gram", PLAIN, variants), CPU, ROOF, rounds=3).measured()
+    assert (ours.seconds, ours.times_first, ours.floor_seconds) == (2.0, 1.0, 1.0)
+    assert (ours.share_of_floor, ours.gbytes_per_second, ours.gflops) == (0.5, 0.5, 0.0)
+    assert (peer.seconds, peer.times_first, peer.floor_seconds) == (5.0, 2.5, 1.5)
+    assert (peer.share_of_floor, peer.gflops) == (0.3, 0.4)
 
 
 def variant(name: str, error: float) -> Variant:
@@ -236,7 +441,7 @@ def test_nothing_is_related_to_a_refused_first_variant() -> None:
 
 def test_wrong_factors_are_red() -> None:
     stacks = inputs.draw(SINGLE)
-    pairs = peers.three_svds(stacks, 0.9, None)
+    pairs = three_svds.three_svds(truncation(stacks, 0.9, None))
     good = correctness.near_optimal(stacks, pairs)
     (b, a), rest = pairs[0], pairs[1:]
     bad = correctness.near_optimal(stacks, [(b * (1 + 1e-2), a), *rest])
@@ -288,7 +493,7 @@ def test_the_roofline_is_measured() -> None:
 
 
 def test_result_files(tmp_path: Path) -> None:
-    rows = Run(stages.gram(inputs.draw(SINGLE)), CPU, ROOF, rounds=2).measured()
+    rows = Run(gram.compare(inputs.draw(SINGLE)), CPU, ROOF, rounds=2).measured()
     path = results.write(tmp_path, CPU, results.of_rows("gram", CPU, ROOF, rows))
     assert path == tmp_path / CPU.folder / "gram.json"
     assert CPU.folder.endswith("-2-threads")
@@ -314,12 +519,13 @@ def test_shapes() -> None:
 
 
 def test_the_short_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    small = tuple((SINGLE, compare) for _, compare in bench.SHORT)
-    monkeypatch.setattr(bench, "SHORT", small)
-    monkeypatch.setattr(Roofline, "measure", lambda *_: ROOF)
-    monkeypatch.setattr("fedlora_kernels.bench.measure.ROUNDS", (1, 1))
+    small = tuple((name, SINGLE, compare) for name, _, compare in short.COMPARISONS[1:])
+    monkeypatch.setattr(short, "COMPARISONS", small)
+    monkeypatch.setattr(Roofline, "measure", lambda *_, **__: ROOF)
+    monkeypatch.setattr("benchmarks.stand.measure.ROUNDS", (1, 1))
     console = Console(width=80, record=True)
-    assert bench.main(threads=2, out=tmp_path, console=console) == 0
+    arguments = ["--suite", "short", "--threads", "2", "--results", str(tmp_path)]
+    assert program.main(arguments, console) == 0
     text = console.export_text()
     for shown in ("three SVDs", "PEFT svd", "numpy average", "of floor", "bmm in float64"):
         assert shown in text
@@ -336,11 +542,11 @@ def test_peak_memory_in_a_process_of_its_own() -> None:
 
 
 def test_operators_are_timed_once_and_put_back() -> None:
-    clients = aggregations.adapters(inputs.draw(SINGLE))
-    before = torch.ops.fedlora.gram
+    clients = aggregate.adapters(Round.of(inputs.draw(SINGLE)))
+    before = Operator.__call__
     with overhead.operators_timed() as watch:
         flk.aggregate(clients, rule="florist")
-    assert torch.ops.fedlora.gram is before
+    assert Operator.__call__ is before
     assert watch.seconds > 0
     assert sum(watch.calls.get(name, 0) for name in ("gram", "gram_list")) == 2
     with overhead.operators_timed() as watch:
@@ -348,15 +554,9 @@ def test_operators_are_timed_once_and_put_back() -> None:
     assert watch.calls == {"gram_list": 1}
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    return lambda name: import_module(f"benchmarks.{name}")
-
-
-def test_acceptance_and_figures(scripts: Callable[[str], Any], tmp_path: Path) -> None:
-    acceptance, figures, readme = map(scripts, ("acceptance", "figures", "readme"))
-    found = acceptance.measure(CPU, acceptance.Extent(tiny=True), tmp_path, Console(quiet=True))
+def test_acceptance_and_figures(tmp_path: Path) -> None:
+    found = acceptance.measure(Setting(CPU, ROOF, True, Console(quiet=True)))
+    assert found.pop("failed") is False
     assert [row["refused"] for row in found["rows"]] == [""] * len(found["rows"])
     summary = found["summary"]
     assert len(summary["stacked_svd"]) == 4
@@ -367,8 +567,8 @@ def test_acceptance_and_figures(scripts: Callable[[str], Any], tmp_path: Path) -
     assert {entry["dtype"] for entry in summary["folders"]} == {"fp32", "bf16"}
     assert all(entry["outside_over_files"] > 0 for entry in summary["folders"])
 
-    path = results.write(tmp_path, CPU, found)
-    rows = Run(stages.gram(inputs.draw(SINGLE)), CPU, ROOF, rounds=1).measured()
+    path = results.write(tmp_path, CPU, results.document("acceptance", CPU, ROOF, found))
+    rows = Run(gram.compare(inputs.draw(SINGLE)), CPU, ROOF, rounds=1).measured()
     results.write(tmp_path, CPU, results.of_rows("gram", CPU, ROOF, rows))
     drawn = figures.drawn(path.parent, "svg")
     assert [figure.name for figure in drawn] == ["speedups.svg", "floors.svg"]
@@ -383,8 +583,7 @@ def test_acceptance_and_figures(scripts: Callable[[str], Any], tmp_path: Path) -
         readme.replaced("no markers", section)
 
 
-def test_growth(scripts: Callable[[str], Any], tmp_path: Path) -> None:
-    scaling, figures = map(scripts, ("scaling", "figures"))
+def test_growth(tmp_path: Path) -> None:
     assert scaling.slope([(2.0, 3 * 2.0**2.5), (4.0, 3 * 4.0**2.5), (8.0, 3 * 8.0**2.5)]) == (
         pytest.approx(2.5)
     )

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -14,14 +15,14 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import fedlora_kernels as flk
+from fedlora_kernels._inspect import inspect
 from fedlora_kernels.cli import app, rule_options
-from fedlora_kernels.inspection import inspect
-from fedlora_kernels.rules.rule import Rule
-from fedlora_kernels.stack import ABSENT
+from fedlora_kernels.gram_space.batches import ABSENT
+from fedlora_kernels.rules import Rule
+from fedlora_kernels.rules import option as rule_option
 
 # Functions of the same names hide these modules in their packages.
-AGGREGATE = import_module("fedlora_kernels.aggregate")
-RULES = import_module("fedlora_kernels.rules")
+AGGREGATE = import_module("fedlora_kernels._aggregate")
 CLI = {
     name: import_module(f"fedlora_kernels.cli.{name}")
     for name in ("aggregate", "inspect", "doctor")
@@ -297,7 +298,11 @@ SAMPLES = {
 
 @pytest.mark.parametrize(
     ("rule", "option"),
-    [(rule.name, option) for rule in flk.rules().values() for option in rule.options],
+    [
+        (rule.name, option)
+        for rule in map(flk.rules.find, flk.rules.names())
+        for option in rule.options()
+    ],
 )
 def test_every_option_of_every_rule_is_a_flag(here, monkeypatch, rule, option):
     text, value = SAMPLES[option]
@@ -310,7 +315,7 @@ def test_every_option_of_every_rule_is_a_flag(here, monkeypatch, rule, option):
 
 def test_options_that_were_not_given_keep_the_rules_own_defaults(here, monkeypatch):
     options = handed_over(monkeypatch, "--rule", "florist", "--energy", "0.8")
-    own = flk.rules()["florist"].options.keys()
+    own = flk.rules.find("florist").options().keys()
     assert own & options.keys() == {"energy"}
     assert handed_over(monkeypatch, "--rule", "hetlora", "--norm-weighted")["norm_weighted"] is True
 
@@ -333,30 +338,26 @@ def test_no_rules_option_hides_one_of_the_commands_own():
 
 
 def test_a_new_rules_options_appear_by_themselves(here, monkeypatch):
-    def solve(grams, *, warm_up: bool = False, ranks: "list[int] | None" = None, mode: str = "x"):
-        """A new rule.
+    @dataclass(frozen=True)
+    class New(Rule):
+        name, title, paper, exact = "new", "New", "0000.00000", "no"
+        warm_up: bool = rule_option(False, "start slowly, and go on")
+        ranks: "list[int] | None" = rule_option(None, "one per layer")
+        mode: str = rule_option("x", "how")
 
-        Args:
-            grams: one per batch.
-            warm_up: start slowly,
-                and go on.
-            ranks: one per layer.
-            mode: how.
-        """
-        raise ValueError(f"got {warm_up} {ranks} {mode}")
+        def solve(self, grams):
+            raise ValueError(f"got {self.warm_up} {self.ranks} {self.mode}")
 
-    new = Rule(
-        name="new", title="New", paper="0000.00000", solve=solve, travels="A", exact="no",
-        is_exact=False, heterogeneous=True,
-    )  # fmt: skip
-    monkeypatch.setitem(RULES._RULES, "new", new)
+    monkeypatch.setitem(flk.rules._RULES, "new", New)
     rule_options.rule_options.cache_clear()
     try:
         text = " ".join(run("aggregate", "--help").out.split())
         assert "--warm-up / --no-warm-up new: start slowly, and go on" in text
         arguments = ["--rule", "new", "--warm-up", "--ranks", "1,2", "--mode", "y", "--out", "g"]
         refused(run("aggregate", "a", "b", *arguments), "got True (1, 2) y")
-        refused(run("aggregate", "a", "b", *arguments[:4], "1,2.5", "--out", "g"), "is no integer")
+        refused(
+            run("aggregate", "a", "b", *arguments[:4], "1,2.5", "--out", "g"), "is not an integer"
+        )
         assert "--warm-up --ranks --mode" in run("rules").out
     finally:
         rule_options.rule_options.cache_clear()
@@ -390,12 +391,15 @@ BAD = {
     "rank-fraction": (["a", "b", "--out", "g", "--rank", "1.5"], "'1.5' is not a valid integer"),
     "two-ranks": (["a", "b", "--out", "g", "--rank", "1", "--rank-budget", "9"], "both be given"),
     "budget-too-small": (["a", "b", "--out", "g", "--rank-budget", "2"], "rank_budget 2 is less"),
-    "split": (["a", "b", "--out", "g", "--split", "c"], "split must be one of"),
+    "split": (["a", "b", "--out", "g", "--split", "c"], "'c' is not one of 'b', 'balanced', 'a'"),
     "weights-count": (["a", "b", "--out", "g", "--weights", "1"], "1 weights for 2 clients"),
     "weights-negative": (["a", "b", "--out", "g", "--weights", "-1,2"], "client 0 (a): weight"),
     "weights-zero": (["a", "b", "--out", "g", "--weights", "0,0"], "all weights are zero"),
     "weights-nan": (["a", "b", "--out", "g", "--weights", "nan,1"], "client 0 (a): weight nan"),
-    "weights-text": (["a", "b", "--out", "g", "--weights", "1;2"], "'1;2' in '1;2' is no number"),
+    "weights-text": (
+        ["a", "b", "--out", "g", "--weights", "1;2"],
+        "'1;2' in '1;2' is not a number",
+    ),
     "dtype": (["a", "b", "--out", "g", "--dtype", "int8"], "'int8' is not one of"),
     "absent": (["a", "b", "--out", "g", "--absent", "skip"], "'skip' is not one of"),
     "precision": (["a", "b", "--out", "g", "--precision", "half"], "'half' is not one of"),
@@ -603,7 +607,7 @@ def test_inspect_draws_a_png(here):
         (["a", "--plot", "x.doc"], "x.doc: figures cannot be written as 'doc'"),
         (["a", "--plot", "x"], "x: figures cannot be written"),
         (["a", "--energy", "0"], "energy must lie in"),
-        (["a", "--energy", "0.5,,1"], "'' in '0.5,,1' is no number"),
+        (["a", "--energy", "0.5,,1"], "'' in '0.5,,1' is not a number"),
         (["a", "b", "--weights", "1"], "1 weights for 2 clients"),
     ],
 )
@@ -629,11 +633,11 @@ def test_rules_lists_every_rule():
     result = run("rules")
     assert (result.code, result.err) == (0, "")
     rows = {line.split()[0]: line for line in result.out.splitlines() if line.strip()}
-    for rule in flk.rules().values():
+    for rule in map(flk.rules.find, flk.rules.names()):
         for cell in (rule.title, rule.paper, rule.travels, rule.exact, rule.after):
             assert cell in rows[rule.name]
         assert ("any" if rule.heterogeneous else "equal") in rows[rule.name]
-        for option in rule.options:
+        for option in rule.options():
             assert "--" + option.replace("_", "-") in rows[rule.name]
 
 
@@ -642,7 +646,7 @@ def test_doctor_reports_versions_backends_and_a_self_check():
     assert (result.code, result.err) == (0, "")
     for text in ("Python", torch.__version__, "CUDA device", "triton", "peft", "numpy", "threads"):
         assert text in result.out
-    for backend in flk.backends():
+    for backend in flk.backends.ordered():
         assert backend.name in result.out
         assert backend.reason in result.out
     (active,) = [line for line in result.out.splitlines() if " active " in line]
@@ -697,15 +701,40 @@ def test_without_torch_the_doctor_works_and_the_others_say_what_is_missing(here)
     assert (doctor.returncode, doctor.stderr) == (0, "")
     assert "pip install torch" in doctor.stdout
     assert "FEDLORA_BACKEND=none-such cannot serve" in doctor.stdout
-    for arguments in (["aggregate", "a", "--out", "g", "--energy", "0.9"], ["rules"]):
-        failed = run_process(*arguments, code=NO_TORCH)
-        assert (failed.returncode, failed.stdout) == (2, "")
-        assert failed.stderr.count("\n") == 1
-        assert "needs torch, which is not installed" in failed.stderr
-    assert run_process("aggregate", "--help", code=NO_TORCH).returncode == 0
+    failed = run_process("aggregate", "a", "--out", "g", "--energy", "0.9", code=NO_TORCH)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.count("\n") == 1
+    assert "needs torch, which is not installed" in failed.stderr
+    for arguments in (["rules"], ["aggregate", "--help"]):
+        assert run_process(*arguments, code=NO_TORCH).returncode == 0
 
 
 def test_the_commands_modules_import_no_torch():
-    """The package itself registers operators, so it is this folder alone that stays light."""
+    """Whatever a command needs, it imports when it runs."""
     code = f"{NO_TORCH}\nimport fedlora_kernels.cli\nassert 'numpy' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+
+
+def test_bench_without_a_checkout_says_so_in_one_line(tmp_path, monkeypatch) -> None:
+    """As a wheel in site-packages: benchmarks/ is not part of the package."""
+    import fedlora_kernels
+
+    installed = tmp_path / "site-packages" / "fedlora_kernels" / "__init__.py"
+    monkeypatch.setattr(fedlora_kernels, "__file__", str(installed))
+    done = run("bench")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.strip().count("\n") == 0
+    assert "needs a source checkout" in done.err
+
+
+def test_bench_runs_the_short_suite_of_the_checkout(monkeypatch) -> None:
+    from benchmarks import run as program
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(program, "main", lambda arguments: asked.append(arguments) or 1)
+    assert run("bench", "--threads", "2", "--out", "results").code == 1
+    assert run("bench", "--long", "--device", "cuda").code == 1
+    assert asked == [
+        ["--suite", "short", "--device", "cpu", "--threads", "2", "--results", "results"],
+        ["--suite", "long", "--device", "cuda"],
+    ]

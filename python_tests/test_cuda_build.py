@@ -1,19 +1,26 @@
 """The CUDA kernels under nvcc: they compile for every architecture, and what ptxas makes of them.
 
+And the library with them: that it is built where there is no OpenBLAS.
+
 No GPU is needed. What ptxas said is kept under the temporary folder by the sources' contents, so
 that only a change compiles again.
 """
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from test_native import DT_NEEDED, Elf
+
+from benchmarks import on_gpu
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 KERNELS = sorted((SOURCES / "cuda").glob("*.cu"))
@@ -125,3 +132,61 @@ def test_products_run_on_tensor_cores() -> None:
         assert f"mma.sync.aligned.{instruction}.row.col.f64" in ptx
         assert "cp.async.cg.shared.global" in ptx
         assert "ld.shared.v4" in ptx  # 16 bytes of factors at a time
+
+
+@pytest.fixture(name="without_openblas")
+def _without_openblas(tmp_path: Path) -> dict[str, str]:
+    """An environment whose Python finds a scipy_openblas64 that cannot be imported."""
+    for name in ("scipy_openblas64", "pybind11"):
+        (tmp_path / "hidden" / name).mkdir(parents=True)
+        reason = f"raise ModuleNotFoundError('No module named {name}')"
+        (tmp_path / "hidden" / name / "__init__.py").write_text(reason)
+    found = os.environ | {"PYTHONPATH": str(tmp_path / "hidden")}
+    code = "import scipy_openblas64"
+    done = subprocess.run([sys.executable, "-c", code], env=found, capture_output=True, check=False)
+    assert b"ModuleNotFoundError" in done.stderr
+    return found
+
+
+def configured(folder: Path, environment: dict[str, str], *options: str) -> None:
+    """The preset as benchmarks/on_gpu.py configures it for an H100."""
+    command = ["cmake", "--preset", "cuda", "-B", str(folder)]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", *on_gpu.architecture("9.0"), *options]
+    done = subprocess.run(
+        command, cwd=SOURCES.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_cuda_preset_needs_no_openblas(
+    tmp_path: Path, without_openblas: dict[str, str]
+) -> None:
+    """No command that builds the library names OpenBLAS, the core or more than one architecture."""
+    configured(tmp_path / "build", without_openblas)
+    rules = (tmp_path / "build" / "build.ninja").read_text()
+    assert "libfedlora_cuda.so" in rules
+    assert "openblas" not in rules
+    assert "fedlora_core" not in rules
+    assert set(re.findall(r",code=\[?(\w+)", rules)) == {"sm_90a"}
+    assert "-Werror" not in rules
+    configured(tmp_path / "build", without_openblas, "-DFEDLORA_WERROR=ON")
+    assert "-Werror" in (tmp_path / "build" / "build.ninja").read_text()
+
+
+@pytest.mark.slow
+def test_the_cuda_library_is_built_without_openblas(
+    tmp_path: Path, without_openblas: dict[str, str]
+) -> None:
+    """Minutes of nvcc; the library's own needs are torch, the CUDA runtime and the C++ library."""
+    configured(tmp_path / "build", without_openblas, "-DFEDLORA_WERROR=ON")
+    command = ["cmake", "--build", str(tmp_path / "build"), "--target", "fedlora_cuda"]
+    done = subprocess.run(
+        command, env=without_openblas, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    needed = Elf(tmp_path / "build/csrc/bindings/libfedlora_cuda.so").dynamic[DT_NEEDED]
+    stems = {name.partition(".so")[0] for name in needed}
+    assert stems >= {"libtorch_cpu", "libcudart", "libstdc++"}
+    assert stems <= {
+        "libtorch_cpu", "libcudart", "libstdc++", "libgcc_s", "libc", "libm", "ld-linux-x86-64"
+    }  # fmt: skip

@@ -207,7 +207,7 @@ def test_vera_projections_that_differ_are_refused() -> None:
         flk.aggregate(clients, rule="fedsa")
 
 
-@pytest.mark.parametrize("rule", [rule for rule in flk.rules() if rule != "fedsa"])
+@pytest.mark.parametrize("rule", [rule for rule in flk.rules.names() if rule != "fedsa"])
 def test_vera_with_another_rule_is_refused(rule: str) -> None:
     with pytest.raises(flk.AdapterError, match=r"site-0.*VeRA.*fedsa"):
         flk.aggregate(vera_clients(), rule=rule)

@@ -7,7 +7,9 @@ from assertions import (
     FAST_PRODUCT,
     PRODUCT_ROUNDINGS,
     SPECTRUM_TERMS,
+    BadCall,
     assert_compiles,
+    assert_refuses,
     assert_same_bits,
     assert_within,
     poisoned_memory,
@@ -157,49 +159,77 @@ def test_compiles() -> None:
     assert_compiles(ops.flora_na_list, list_calls)
 
 
-def bad_calls() -> list[tuple[type[Exception], str, tuple[object, ...]]]:
+def bad_calls() -> dict[str, BadCall]:
     b, a = torch.ones(2, 7, 6), torch.ones(2, 6, 9)
     weights, scale = torch.full((3,), 1 / 3), torch.ones(2, 3)
     bs = [b[0, :, :2]] * 6
     as_ = [a[0, :2]] * 6
     ragged_bs = [b[0, :, :3], b[0, :, :2], b[0, :, :1]] * 2
     ragged_as = [a[0, :3], a[0, :2], a[0, :1]] * 2
-    return [
-        (ValueError, "flora_na", (b[0], a, weights, scale)),
-        (ValueError, "flora_na", (b[:1], a, weights, scale)),
-        (ValueError, "flora_na", (b[:, :, :3], a, weights, scale)),
-        (ValueError, "flora_na", (b, a, weights[:2], scale)),
-        (ValueError, "flora_na", (b, a, weights[None], scale)),
-        (ValueError, "flora_na", (b, a, weights, scale[:1])),
-        (ValueError, "flora_na", (b, a, weights, scale[0])),
-        (ValueError, "flora_na", (b[:, :, :5], a[:, :5], weights, scale)),
-        (ValueError, "flora_na", (b, a, weights, scale, "rough")),
-        (TypeError, "flora_na", (b, a.double(), weights, scale)),
-        (TypeError, "flora_na", (b.int(), a.int(), weights, scale)),
-        (TypeError, "flora_na", (b, a, weights.int(), scale)),
-        (TypeError, "flora_na", (b, a, weights, scale.int())),
-        (ValueError, "flora_na_list", ([], [], weights, scale)),
-        (ValueError, "flora_na_list", (bs[:5], as_[:5], weights, scale)),
-        (ValueError, "flora_na_list", (bs[:4], as_[:4], weights, scale)),
-        (ValueError, "flora_na_list", (bs, as_[:3], weights, scale)),
-        (ValueError, "flora_na_list", (bs, as_, weights[:2], scale)),
-        (ValueError, "flora_na_list", (bs, as_, weights, scale[0])),
-        (ValueError, "flora_na_list", (ragged_bs, ragged_as, weights, scale)),
-        (ValueError, "flora_na_list", (bs, as_, weights, scale, "rough")),
-        (TypeError, "flora_na_list", (bs, [f.double() for f in as_], weights, scale)),
-        (
+    return {
+        "b_is_a_matrix": (ValueError, "flora_na", (b[0], a, weights, scale)),
+        "b_of_one_module": (ValueError, "flora_na", (b[:1], a, weights, scale)),
+        "ranks_of_b_and_a_differ": (ValueError, "flora_na", (b[:, :, :3], a, weights, scale)),
+        "two_weights_for_three_clients": (ValueError, "flora_na", (b, a, weights[:2], scale)),
+        "weights_of_two_dimensions": (ValueError, "flora_na", (b, a, weights[None], scale)),
+        "scale_of_one_module": (ValueError, "flora_na", (b, a, weights, scale[:1])),
+        "scale_of_one_dimension": (ValueError, "flora_na", (b, a, weights, scale[0])),
+        "rank_no_multiple_of_clients": (
+            ValueError,
+            "flora_na",
+            (b[:, :, :5], a[:, :5], weights, scale),
+        ),
+        "unknown_precision": (ValueError, "flora_na", (b, a, weights, scale, "rough")),
+        "a_of_another_dtype": (TypeError, "flora_na", (b, a.double(), weights, scale)),
+        "integers": (TypeError, "flora_na", (b.int(), a.int(), weights, scale)),
+        "integer_weights": (TypeError, "flora_na", (b, a, weights.int(), scale)),
+        "integer_scale": (TypeError, "flora_na", (b, a, weights, scale.int())),
+        "no_tensors": (ValueError, "flora_na_list", ([], [], weights, scale)),
+        "five_tensors_for_six_scalings": (
+            ValueError,
+            "flora_na_list",
+            (bs[:5], as_[:5], weights, scale),
+        ),
+        "four_tensors_for_six_scalings": (
+            ValueError,
+            "flora_na_list",
+            (bs[:4], as_[:4], weights, scale),
+        ),
+        "fewer_a_than_b": (ValueError, "flora_na_list", (bs, as_[:3], weights, scale)),
+        "two_weights_for_three_clients_of_a_list": (
+            ValueError,
+            "flora_na_list",
+            (bs, as_, weights[:2], scale),
+        ),
+        "scale_of_one_dimension_for_a_list": (
+            ValueError,
+            "flora_na_list",
+            (bs, as_, weights, scale[0]),
+        ),
+        "client_ranks_differ": (
+            ValueError,
+            "flora_na_list",
+            (ragged_bs, ragged_as, weights, scale),
+        ),
+        "unknown_precision_of_a_list": (
+            ValueError,
+            "flora_na_list",
+            (bs, as_, weights, scale, "rough"),
+        ),
+        "a_of_another_dtype_in_the_list": (
+            TypeError,
+            "flora_na_list",
+            (bs, [f.double() for f in as_], weights, scale),
+        ),
+        "integers_in_the_list": (
             TypeError,
             "flora_na_list",
             ([f.int() for f in bs], [f.int() for f in as_], weights, scale),
         ),
-        (TypeError, "flora_na_list", (bs, as_, weights.int(), scale)),
-    ]
+        "integer_weights_for_a_list": (TypeError, "flora_na_list", (bs, as_, weights.int(), scale)),
+    }
 
 
-@pytest.mark.parametrize("index", range(len(bad_calls())))
-def test_bad_arguments(index: int) -> None:
-    error, name, arguments = bad_calls()[index]
-    with pytest.raises(error):
-        getattr(ops, name)(*arguments)
-    with pytest.raises(RuntimeError):
-        getattr(raw, name)(*arguments)
+@pytest.mark.parametrize("mistake", bad_calls())
+def test_bad_arguments(mistake: str) -> None:
+    assert_refuses(*bad_calls()[mistake])

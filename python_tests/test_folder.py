@@ -11,7 +11,7 @@ import torch
 from federation import draw
 
 import fedlora_kernels as flk
-from fedlora_kernels import adapter as adapter_module
+from fedlora_kernels.adapters import adapter as adapter_module
 
 KILLS = 20
 

@@ -9,10 +9,10 @@ from federation import PRODUCT_RULES, draw, of_batch
 from matrices import CASES, FAMILIES, case_id, normal
 
 import fedlora_kernels as flk
-from fedlora_kernels import clients
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.rules.solution import Solution, Stacked
-from fedlora_kernels.stack import Batch, stack
+from fedlora_kernels.adapters import agreement
+from fedlora_kernels.gram_space.batches import Batch, stack
+from fedlora_kernels.gram_space.coefficients import Solution, Stacked
+from fedlora_kernels.gram_space.grams import Grams
 
 ERROR_TERMS = 4.0
 """c of c R eps (sum of dW's squared terms + ||B X||^2 ||Y A||^2), the room of a squared error."""
@@ -22,7 +22,7 @@ ERROR_CASES = [case for case in CASES if case[1] in (torch.float64, torch.bfloat
 
 def batches(name: str, dtype: torch.dtype) -> list[Batch]:
     round_ = of_batch(FAMILIES[name].build(dtype))
-    return stack(round_.adapters, clients.normalised(round_.weights, round_.adapters))
+    return stack(round_.adapters, agreement.normalized(round_.weights, round_.adapters))
 
 
 def widths(stacked_rank: int) -> list[int]:
@@ -35,7 +35,7 @@ def widths(stacked_rank: int) -> list[int]:
 def test_error_is_the_dense_one_at_every_width(case: tuple[str, torch.dtype]) -> None:
     """Random pairs, and the same with zero columns up to R, which are multiplied otherwise."""
     for batch in batches(*case):
-        grams = Grams.of(batch)
+        grams = Grams(batch)
         b, a = batch.b.double(), batch.a.double()
         modules, stacked_rank = grams.scale.shape
         generator = torch.Generator().manual_seed(stacked_rank)
@@ -61,11 +61,14 @@ def test_error_is_the_dense_one_at_every_width(case: tuple[str, torch.dtype]) ->
 def test_error_of_the_stack_itself(case: tuple[str, torch.dtype]) -> None:
     """Zero where it is the ideal one; with other weights, what the general form says."""
     for batch in batches(*case):
-        grams = Grams.of(batch)
-        assert not Solution(Stacked(grams.scale)).error(grams).any()
+        grams = Grams(batch)
+        owner = grams.batch.owner
+        ideal = Stacked(grams.weights * grams.scalings, owner)
+        assert torch.equal(ideal.scale, grams.scale)
+        assert not Solution(ideal).error(grams).any()
 
         generator = torch.Generator().manual_seed(grams.scale.shape[1])
-        stacked = Stacked(grams.scale * normal(generator, *grams.scale.shape))
+        stacked = Stacked(ideal.terms * normal(generator, *ideal.terms.shape), owner)
         terms = (grams.scale.square() + stacked.scale.square()) * grams.products.diagonal(
             dim1=-2, dim2=-1
         )

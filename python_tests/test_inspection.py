@@ -8,7 +8,7 @@ import torch
 from matplotlib.text import Text
 
 from fedlora_kernels import Adapter, AdapterError, plot
-from fedlora_kernels.inspection import ENERGIES, Inspection, inspect, projection_names
+from fedlora_kernels._inspect import ENERGIES, Inspection, inspect, projection_names
 
 EPS = torch.finfo(torch.float64).eps
 Q, V, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "lm_head"

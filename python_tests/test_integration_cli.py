@@ -9,8 +9,8 @@ import pytest
 
 from integration import __main__ as command_line
 from integration.__main__ import main
-from integration.flags import Start
 from integration.settings import Settings, SettingsError, from_preset
+from integration.settings.flags import Start
 
 
 @pytest.fixture

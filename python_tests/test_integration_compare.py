@@ -1,20 +1,22 @@
 """A comparison end to end, in miniature: files, errors, ways of going on, reproducibility."""
 
+import io
 import json
 import re
 
 import pytest
 import torch
 from miniature import miniature, run, settings_like, timeless
+from rich.console import Console
 
 import fedlora_kernels as flk
 from integration import files
-from integration.client import Client
-from integration.compare import choose
-from integration.federation import Federation
-from integration.server import Server
+from integration.model.trainer import LocalTrainer
+from integration.rounds.client import Client
+from integration.rounds.federation import Federation
+from integration.rounds.rule import choose
+from integration.rounds.server import Server
 from integration.settings import SettingsError
-from integration.trainer import LocalTrainer
 
 RULES = ("fedit", "ffa", "fedsa", "flora", "flexlora", "florist", "flora_na")
 KEYS = [
@@ -40,16 +42,25 @@ def done(tmp_path_factory):
 
 
 def test_the_summary_has_one_object_per_rule(done):
-    out, summary, _ = done
+    out, summary, lines = done
     assert json.loads((out / "summary.json").read_text()) == summary
     assert [entry["rule"] for entry in summary] == list(RULES)
+    start = Federation.build(miniature()).evaluate()
     for entry in summary:
         assert list(entry) == KEYS
-        assert 0 <= entry["accuracy"] <= 1
-        assert entry["start_accuracy"] == summary[0]["start_accuracy"]
+        rounds = lines[entry["rule"]]
+        right = 40 * entry["accuracy"]
+        assert right == pytest.approx(round(right)), "of 40 test examples"
+        assert entry["accuracy"] == rounds[-1]["accuracy"]
+        assert entry["loss"] == rounds[-1]["loss"]
+        assert entry["start_accuracy"] == start.accuracy
+        for name in ("relative_error", "svd_floor", "rank", "bytes_up", "bytes_down"):
+            mean = (rounds[0][name] + rounds[1][name]) / 2
+            assert entry[name] == pytest.approx(mean, abs=1e-12), name
         assert entry["bytes_up"] > 0
         assert entry["bytes_down"] > 0
         assert entry["aggregation_ms"] > 0
+        assert entry["loss"] != start.loss
 
 
 def test_the_metrics_have_one_line_per_rule_and_round(done):
@@ -147,6 +158,29 @@ def test_two_runs_are_equal_bit_for_bit(done, tmp_path):
         assert timeless(expected[name]) == timeless(again[name])
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_output_that_is_no_terminal_gets_a_line_a_round(tmp_path, terminal):
+    """A terminal has bars instead."""
+    settings = miniature(rules=("fedit", "flora"), evaluate_every=2)
+    console = Console(file=io.StringIO(), width=100, force_terminal=terminal)
+    run(tmp_path, settings, console=console)
+    _, lines = run(tmp_path, settings, console=console, resume=True)
+    said = [line for line in console.file.getvalue().splitlines() if "seed 0:" in line]
+    if terminal:
+        assert not said
+        return
+    expected = []
+    for title, name in (("FedIT", "fedit"), ("FLoRA", "flora")):
+        last = lines[name][-1]
+        expected += [
+            f"{title}, seed 0: round 1 of 2",
+            f"{title}, seed 0: round 2 of 2, accuracy {last['accuracy']:.3f}, "
+            f"loss {last['loss']:.3f}",
+        ]
+    expected += [f"{title}, seed 0: had finished 2 rounds before" for title in ("FedIT", "FLoRA")]
+    assert said == expected
+
+
 def test_the_seed_changes_the_run(done, tmp_path):
     _, other = run(tmp_path, miniature(seed=1), ["fedit"])
     assert other["fedit"][0]["loss"] != done[2]["fedit"][0]["loss"]
@@ -175,7 +209,7 @@ def test_named_rules_that_cannot_run_are_errors():
         choose(miniature(rules=("fedit",), ranks=(4, 2)), explicit=True)
     with pytest.raises(SettingsError, match="fedsa cannot merge"):
         choose(miniature(rules=("fedsa",), after="merge"), explicit=True)
-    with pytest.raises(SettingsError, match="unknown rule 'fedavg'; known: fedit, ffa"):
+    with pytest.raises(SettingsError, match=r"unknown rule 'fedavg'; known: fedit, .*ffa"):
         choose(miniature(rules=("fedavg",)), explicit=True)
 
 
@@ -203,7 +237,7 @@ def one_round(federation, name, after):
     """A server after its first round, and the adapters that it aggregated."""
     made, trainer = federation
     settings = settings_like(made.settings, after=after)
-    server = Server(flk.rules()[name], made.model, made.clients, settings)
+    server = Server(flk.rules.make(name), made.model, made.clients, settings)
     updates = [
         client.train(
             made.model,
@@ -216,7 +250,7 @@ def one_round(federation, name, after):
         )
         for client in made.clients
     ]
-    server.finish(1, updates, made.judge)
+    server.finish(1, updates, made.evaluate)
     return server, [update.adapter for update in updates]
 
 

@@ -55,25 +55,25 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", list(FILES))
 def test_data_sets_from_files(tmp_path, name):
     source = written(tmp_path / "set", FILES[name])
-    task = TASKS[name](test_size=10, shared_per_class=0, source=source)
+    task = TASKS[name].load(test_size=10, shared_per_class=0, source=source)
     assert (len(task.train), len(task.test)) == (30, 10)
     assert task.kind == "language"
     if task.right is not None:
         assert all(task.right(example, example.completion) for example in task.test)
         assert not any(task.right(example, "#### none") for example in task.test)
     written(tmp_path / "set", FILES[name][:5], "test")
-    own = TASKS[name](test_size=10, shared_per_class=0, source=source)
+    own = TASKS[name].load(test_size=10, shared_per_class=0, source=source)
     assert (len(own.train), len(own.test)) == (40, 5), "a test split of its own is used"
 
 
 def test_topics_come_from_the_columns(tmp_path):
-    dolly = TASKS["dolly"](**SIZES, source=written(tmp_path / "d", FILES["dolly"]))
+    dolly = TASKS["dolly"].load(**SIZES, source=written(tmp_path / "d", FILES["dolly"]))
     assert dolly.classes == ("brainstorming", "open_qa")
     assert {len(example.turns) for example in dolly.train} == {1}
     asked = {example.turns[0][1] for example in [*dolly.train, *dolly.test]}
     assert "Say 2.\n\nBe brief." in asked
     assert "Say 3." in asked
-    math = TASKS["math"](**SIZES, source=written(tmp_path / "m", FILES["math"]))
+    math = TASKS["math"].load(**SIZES, source=written(tmp_path / "m", FILES["math"]))
     assert math.classes == ("Algebra", "Geometry")
 
 
@@ -84,19 +84,19 @@ def test_glue_pairs_and_its_validation_split(tmp_path):
     ]
     source = written(tmp_path / "rte", rows)
     written(tmp_path / "rte", rows[:7], "validation")
-    task = TASKS["glue"](test_size=100, shared_per_class=2, subset="rte", source=source)
+    task = TASKS["glue"].load(test_size=100, shared_per_class=2, subset="rte", source=source)
     assert (len(task.train), len(task.shared), len(task.test)) == (36, 4, 7)
     assert task.classes == ("entailment", "not_entailment")
     assert all(example.second == "It is wet." for example in task.train)
     with pytest.raises(TaskError, match="unknown subset 'stsb'; known: cola, sst2"):
-        TASKS["glue"](test_size=1, shared_per_class=0, subset="stsb")
+        TASKS["glue"].load(test_size=1, shared_per_class=0, subset="stsb")
 
 
 def conversations(*columns):
     """Twenty of one kind: MESSAGES in the columns, each with a question of its own."""
     made = []
     for n in range(20):
-        asked = {"role": "user", "content": f"Name colour {n}."}
+        asked = {"role": "user", "content": f"Name color {n}."}
         turns = {"messages": [{"role": "system", "content": "Short."}, asked, MESSAGES[1]]}
         turns |= {"prompt": [asked], "completion": MESSAGES[1:]}
         made.append({column: turns[column] for column in columns})
@@ -104,7 +104,7 @@ def conversations(*columns):
 
 
 def test_conventions_of_columns(tmp_path):
-    load = TASKS["instructions"]
+    load = TASKS["instructions"].load
     asked = load(**SIZES, source=written(tmp_path / "a", conversations("messages")))
     (system, user), answer = asked.train[0].turns, asked.train[0].completion
     assert (system, user[0], answer) == (("system", "Short."), "user", "Blue.")
@@ -127,25 +127,27 @@ def test_conventions_of_columns(tmp_path):
 )
 def test_other_columns_are_errors(tmp_path, rows, message):
     with pytest.raises(TaskError, match=message):
-        TASKS["instructions"](test_size=1, shared_per_class=0, source=written(tmp_path / "x", rows))
+        TASKS["instructions"].load(
+            test_size=1, shared_per_class=0, source=written(tmp_path / "x", rows)
+        )
 
 
 def test_a_missing_column_and_a_missing_data_set_are_errors(tmp_path):
     source = written(tmp_path / "x", FILES["math"])
     with pytest.raises(TaskError, match="has no column 'question'; its columns: level, problem"):
-        TASKS["gsm8k"](test_size=1, shared_per_class=0, source=source)
+        TASKS["gsm8k"].load(test_size=1, shared_per_class=0, source=source)
     with pytest.raises(TaskError, match="data set 'no/such-set' cannot be read"):
-        TASKS["gsm8k"](test_size=1, shared_per_class=0, source="no/such-set")
+        TASKS["gsm8k"].load(test_size=1, shared_per_class=0, source="no/such-set")
     written(tmp_path / "y", FILES["gsm8k"])
     source = written(tmp_path / "y", FILES["math"], "test")
     with pytest.raises(TaskError, match="has no column 'question'"):
-        TASKS["gsm8k"](test_size=1, shared_per_class=0, source=source)
+        TASKS["gsm8k"].load(test_size=1, shared_per_class=0, source=source)
     with pytest.raises(
         TaskError, match="a row has the columns answer, question; expected text, co"
     ):
-        TASKS["programs"](**SIZES, source=written(tmp_path / "z", FILES["gsm8k"]))
+        TASKS["programs"].load(**SIZES, source=written(tmp_path / "z", FILES["gsm8k"]))
     with pytest.raises(TaskError, match="needs the option source"):
-        TASKS["instructions"](test_size=1, shared_per_class=0)
+        TASKS["instructions"].load(test_size=1, shared_per_class=0)
 
 
 def test_programs_run_against_their_tests():
@@ -159,8 +161,8 @@ def test_programs_run_against_their_tests():
 def test_programs_are_run_only_on_request(tmp_path):
     source = written(tmp_path / "p", FILES["programs"])
     sizes = {"test_size": 5, "shared_per_class": 0}
-    assert TASKS["programs"](**sizes, source=source).right is None
-    assert TASKS["programs"](**sizes, source=source, run_code=True).right is passes
+    assert TASKS["programs"].load(**sizes, source=source).right is None
+    assert TASKS["programs"].load(**sizes, source=source, run_code=True).right is passes
     human = {
         "prompt": 'def one():\n    """One."""\n',
         "canonical_solution": "    return 1\n",
@@ -168,6 +170,6 @@ def test_programs_are_run_only_on_request(tmp_path):
         "entry_point": "one",
     }
     tests = written(tmp_path / "h", [human] * 9, "test")
-    task = TASKS["programs"](**sizes, source=source, test_source=tests, run_code=True)
+    task = TASKS["programs"].load(**sizes, source=source, test_source=tests, run_code=True)
     assert (len(task.train), len(task.test)) == (40, 5)
     assert passes(task.test[0], task.test[0].completion)

@@ -9,20 +9,21 @@ from collections import Counter
 import pytest
 import torch
 from miniature import metrics, miniature, run, settings_like
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedlora_kernels as flk
-from integration.client import rate
-from integration.engine import LocalEngine
-from integration.federation import Federation
-from integration.noise import interval, within_noise
-from integration.partition import own_tests, participants, partition
+from integration.model.total import total
+from integration.model.trainer import LocalTrainer
 from integration.plan import plan
-from integration.server import Server
+from integration.report.intervals import interval, within_noise
+from integration.report.table import columns
+from integration.rounds.client import rate
+from integration.rounds.engine import LocalEngine
+from integration.rounds.federation import Federation
+from integration.rounds.partition import own_tests, participants, partition
+from integration.rounds.server import Server
+from integration.rounds.state import read_state, write_state
 from integration.settings import SettingsError
-from integration.state import read_state, write_state
-from integration.table import columns
-from integration.total import total
-from integration.trainer import LocalTrainer
 
 LABELS = [position % 8 for position in range(800)]
 
@@ -142,13 +143,14 @@ def test_the_learning_rate_over_the_rounds():
 def go(settings, rule, rounds):
     """A server and an engine after some rounds, and what every round's clients gave."""
     made = Federation.build(settings)
-    server = Server(flk.rules()[rule], made.model, made.clients, settings)
+    options = settings.options.get(rule, {})
+    server = Server(flk.rules.make(rule, **options), made.model, made.clients, settings)
     engine = LocalEngine(made, LocalTrainer(made.model, settings))
     given = []
     for number in range(1, rounds + 1):
         starts = {client.number: server.start(client, number) for client in made.clients}
         updates = engine.train(server, number, lambda: None)
-        given.append((starts, updates, server.finish(number, updates, made.judge)))
+        given.append((starts, updates, server.finish(number, updates, made.evaluate)))
     return made, server, engine, given
 
 
@@ -175,6 +177,63 @@ def test_alternating_freezes_one_factor_and_makes_averaging_exact(small):
     assert expected.down == expected.up
     _, _, _, both = go(small(clients=3, rounds=3), "fedit", 3)
     assert both[-1][2].relative_error > 100 * given[-1][2].relative_error
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls of this library's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "fedlora":
+            self.calls[operator._opname] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", flk.rules.names())
+@pytest.mark.parametrize("pattern", [{}, {"v_proj": 2}], ids=["one batch", "two batches"])
+def test_a_round_computes_its_gram_matrices_once(small, rule, pattern):
+    """The rule, the average beside it, the report and the spectra: one pass for each batch."""
+    settings = small(rounds=1, rank_pattern=pattern)
+    made = Federation.build(settings)
+    server = Server(flk.rules.make(rule), made.model, made.clients, settings)
+    updates = LocalEngine(made, LocalTrainer(made.model, settings)).train(server, 1, lambda: None)
+    batches = len({factors.layout for factors in updates[0].adapter.factors.values()})
+    assert batches == 1 + len(pattern)
+    with Counted() as counted:
+        record = server.finish(1, updates, made.evaluate)
+    assert counted.calls["gram_list"] == 2 * batches, "B and A of every batch, once"
+    assert counted.calls["gram"] == 0
+    assert counted.calls["stacked_svd"] == counted.calls["flora_na"] == 0
+    assert all(any(module["spectrum"]) for module in record.modules.values())
+    assert record.averaging_error is not None
+
+
+@pytest.mark.parametrize("rule", flk.rules.names())
+def test_a_plan_moves_the_bytes_of_a_round(small, rule):
+    """Exactly, also of FedEx: the averages of rank r and a residual of the stacked rank R."""
+    settings = small(rounds=1, clients=3, rules=(rule,))
+    *_, ((_, updates, record),) = go(settings, rule, 1)
+    (planned,) = plan(settings).traffic
+    assert planned.up == record.bytes_up
+    if rule == "florist":
+        assert planned.bound
+        assert record.bytes_down <= planned.down
+    else:
+        assert planned.down == record.bytes_down
+    if rule == "fedex":
+        factors = updates[0].adapter.factors.values()
+        parameters = sum(pair.b.shape[0] + pair.a.shape[1] for pair in factors)
+        assert planned.down == 3 * 4 * (4 + 12) * parameters
+
+
+def test_a_residual_that_is_cut_is_planned_so(small):
+    settings = small(rounds=1, rules=("fedex",), options={"fedex": {"residual_rank": 2}})
+    *_, ((*_, record),) = go(settings, "fedex", 1)
+    (planned,) = plan(settings).traffic
+    assert planned.down == record.bytes_down
 
 
 def test_a_client_that_sat_out_starts_from_what_was_sent_last(small):
@@ -207,7 +266,7 @@ def test_personal_parts_outlive_the_rounds_that_a_client_sits_out(small):
     assert len(made.clients) == 4
 
 
-def test_a_personal_rule_is_judged_per_client_and_as_one_model(small):
+def test_a_personal_rule_is_evaluated_per_client_and_as_one_model(small):
     settings = small(rounds=1, client_test_size=6)
     made, _, _, given = go(settings, "fedsa", 1)
     _, updates, record = given[0]
@@ -216,11 +275,11 @@ def test_a_personal_rule_is_judged_per_client_and_as_one_model(small):
         rule="fedsa",
         weights=[update.examples for update in updates],
     )
-    losses = [made.judge(result.client_adapter(k)).loss for k in range(2)]
+    losses = [made.evaluate(result.client_adapter(k)).loss for k in range(2)]
     assert record.loss == pytest.approx(sum(losses) / 2, rel=1e-6)
     assert record.global_accuracy is not None
     assert set(record.client_accuracy) == {"0", "1"}
-    own = made.judge(result.client_adapter(1), client=made.clients[1])
+    own = made.evaluate(result.client_adapter(1), client=made.clients[1])
     assert record.client_accuracy["1"] == own.accuracy
     assert len(made.clients[1].tests) == 6
 
@@ -246,7 +305,7 @@ def test_vera_clients_share_lambda_d(small):
 
 
 def test_vera_needs_equal_ranks_and_a_rule_that_can():
-    from integration.compare import choose
+    from integration.rounds.rule import choose
 
     with pytest.raises(SettingsError, match="vera needs clients of one rank"):
         miniature(method="vera", ranks=(8, 4))
@@ -283,7 +342,7 @@ def test_a_restored_server_sends_the_same_bits(small, tmp_path, rule, changes):
     base = made.model.base()
     write_state(tmp_path / "state.pt", [], server.state(), engine.state())
     _, of_server, of_engine = read_state(tmp_path / "state.pt")
-    again = Server(flk.rules()[rule], made.model, made.clients, settings)
+    again = Server(flk.rules.make(rule), made.model, made.clients, settings)
     again.restore(of_server)
     fresh = LocalEngine(made, LocalTrainer(made.model, settings))
     fresh.restore(of_engine)

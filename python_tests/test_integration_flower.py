@@ -1,6 +1,9 @@
 """Flower: the local engine's own bits, whatever the rule; what is sent once; runs resumed."""
 
+import dataclasses
 import io
+import json
+import re
 from functools import partial
 
 import pytest
@@ -8,7 +11,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from integration.engine import LocalEngine
+from integration.__main__ import main
+from integration.compare import compare
+from integration.rounds.engine import LocalEngine
+from integration.rounds.rule import choose
+from integration.settings import PRESETS, from_values
 
 pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")
 
@@ -138,3 +145,48 @@ def test_moments_that_ended_with_the_nodes_are_warned_of(tmp_path, goes_on):
     assert last["ffa"] == whole["ffa"]
     assert last["fedit"]["loss"] != whole["fedit"]["loss"]
     assert last["fedit"]["loss"] == pytest.approx(whole["fedit"]["loss"], rel=0.1)
+
+
+@pytest.mark.parametrize("first", ["local", "flower"])
+def test_a_run_with_a_rule_left_out_goes_on_on_the_other_engine(
+    tmp_path, monkeypatch, capsys, first
+):
+    """Both engines record the preset's settings, with the rule that is left out."""
+    rules = "flora,fedit,florist"  # fedit needs clients of one rank
+    preset = tmp_path / "preset.toml"
+    text = (PRESETS / "quickstart.toml").read_text()
+    text = re.sub(r"(?m)^rules = .*", f"rules = {rules.split(',')}", text)
+    preset.write_text(text)
+    small = {"rounds": 2, "ranks": "4,2,8", "steps": 2, "batch-size": 4, "max-tokens": 12}
+    small |= {"test-size": 20, "train-size": 60, "shared-per-class": 2}
+    flags = ["--preset", str(preset), *(f"--{name}={value}" for name, value in small.items())]
+
+    def on_nodes(settings, out, *, resume, superlink):
+        """What the ServerApp does with the settings that reach it."""
+        settings = from_values(json.loads(json.dumps(dataclasses.asdict(settings))), "sent")
+        chosen, _ = choose(settings, explicit=False)
+        engine = on(Nodes(settings.clients), settings)
+        compare(settings, chosen, out, Console(quiet=True), resume=resume, engine=engine)
+
+    monkeypatch.setattr("integration.flower.launch.run", on_nodes)
+
+    def go(engine, out, *more):
+        return main(["compare", *flags, "--engine", engine, "--out", str(out), *more])
+
+    assert go("local", tmp_path / "unbroken") == 0
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        train = {"local": LocalEngine, "flower": FlowerEngine}[first].train
+
+        def killed(engine, server, number, on_step):
+            if number == 2 and server.rule.name == "florist":
+                raise SystemExit
+            return train(engine, server, number, on_step)
+
+        patch.setattr({"local": LocalEngine, "flower": FlowerEngine}[first], "train", killed)
+        with pytest.raises(SystemExit):
+            go(first, out)
+    assert go({"local": "flower", "flower": "local"}[first], out, "--resume") == 0
+    assert lines(out) == lines(tmp_path / "unbroken")
+    assert {line["rule"] for line in lines(out)} == {"flora", "florist"}
+    assert_same_bits(adapters(out), adapters(tmp_path / "unbroken"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fedlora_kernels as flk
-from integration.federation import Federation
-from integration.server import Server
+from integration.rounds.federation import Federation
+from integration.rounds.server import Server
 
 pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")
 
@@ -99,7 +99,7 @@ def test_a_reply_that_cannot_be_used_says_why(federation, break_, reason):
     settings = federation.settings
     nodes = Nodes(3, broken={(1, 1): break_})
     engine = FlowerEngine(nodes, settings, federation, reply_within=0.3)
-    server = Server(flk.rules()["florist"], federation.model, federation.clients, settings)
+    server = Server(flk.rules.make("florist"), federation.model, federation.clients, settings)
     updates = engine.train(server, 1, lambda: None)
     assert [update.client for update in updates] == [0, 2]
     assert list(engine.lost) == [1]

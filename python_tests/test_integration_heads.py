@@ -7,10 +7,10 @@ import torch
 from miniature import miniature, settings_like, written
 
 import fedlora_kernels as flk
-from integration.engine import LocalEngine
-from integration.federation import Federation
-from integration.server import Server
-from integration.trainer import LocalTrainer
+from integration.model.trainer import LocalTrainer
+from integration.rounds.engine import LocalEngine
+from integration.rounds.federation import Federation
+from integration.rounds.server import Server
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_a_trained_head_learns_pairs(pairs):
     client = made.clients[0]
     update = client.train(made.model, trainer, made.train, start, 1, settings)
     assert all(not torch.equal(update.adapter.extras[key], start.extras[key]) for key in heads)
-    trained, untrained = made.judge(update.adapter), made.judge(start)
+    trained, untrained = made.evaluate(update.adapter), made.evaluate(start)
     assert trained.loss != untrained.loss
     with made.model.carrying(update.adapter):
         batch = made.test.batch([0, 1])
@@ -74,10 +74,10 @@ def test_a_trained_head_learns_pairs(pairs):
 def test_heads_travel_with_every_rule(pairs, tmp_path, rule, after):
     """Averaged, also where the factors are merged and start afresh; FedSA's stay at home."""
     made = Federation.build(settings_like(pairs, after=after))
-    server = Server(flk.rules()[rule], made.model, made.clients, made.settings)
+    server = Server(flk.rules.make(rule), made.model, made.clients, made.settings)
     engine = LocalEngine(made, LocalTrainer(made.model, made.settings))
     updates = engine.train(server, 1, lambda: None)
-    record = server.finish(1, updates, made.judge)
+    record = server.finish(1, updates, made.evaluate)
     sizes = torch.tensor([update.examples for update in updates], dtype=torch.float64)
     starts = [server.start(client, 2) for client in made.clients]
     heads = [key for key in starts[0].extras if "classifier" in key]
@@ -90,4 +90,4 @@ def test_heads_travel_with_every_rule(pairs, tmp_path, rule, after):
             torch.testing.assert_close(start.extras[key], expected, rtol=1e-6, atol=1e-7)
     if rule != "fedsa":
         made.model.restore()
-        assert made.judge(server.final()).loss == pytest.approx(record.loss, rel=1e-4)
+        assert made.evaluate(server.final()).loss == pytest.approx(record.loss, rel=1e-4)

@@ -45,13 +45,13 @@ def test_the_seed_decides_the_problems():
 
 def test_more_problems_than_there_are_is_an_error():
     with pytest.raises(TaskError, match=r"different problems in .* need 5000; raise largest \(6\)"):
-        TASKS["arithmetic"](**SIZES, level=1, largest=6, examples=5_000)
+        TASKS["arithmetic"].load(**SIZES, level=1, largest=6, examples=5_000)
 
 
 def test_unknown_options_and_tasks_are_errors():
     with pytest.raises(TaskError, match="task arithmetic has no option 'levels'; its options: lev"):
         load_task(language(task_options={"levels": 3}))
-    with pytest.raises(TaskError, match="unknown task 'sums'; known: stdlib_chapters"):
+    with pytest.raises(TaskError, match=r"unknown task 'sums'; known: .*stdlib_chapters"):
         load_task(language(task="sums"))
 
 
@@ -91,7 +91,7 @@ def test_the_contents_of_a_box(text, answer):
 
 
 def test_library_sources_are_whole_definitions():
-    task = TASKS["stdlib_code"](**SIZES, most_characters=100_000)
+    task = TASKS["stdlib_code"].load(**SIZES, most_characters=100_000)
     assert len(task.train) > 1000
     assert len({example.label for example in task.train}) == 8
     for example in task.test:

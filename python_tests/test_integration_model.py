@@ -4,11 +4,11 @@ import pytest
 import torch
 from miniature import miniature
 
-from integration.judge import judge
-from integration.loading import shape
-from integration.model import Model
+from integration.model.loading import shape
+from integration.model.model import Model
+from integration.rounds.evaluate import evaluate
 from integration.settings import SettingsError
-from integration.tasks import Example, Task
+from integration.tasks import Example, LoadedTask
 
 EXAMPLES = [
     Example("Return the square root of a number.", 0),
@@ -17,7 +17,7 @@ EXAMPLES = [
 ]
 
 
-TASK = Task("two", ("mathematics", "mail"), tuple(EXAMPLES), tuple(EXAMPLES), tuple(EXAMPLES))
+TASK = LoadedTask("two", ("mathematics", "mail"), tuple(EXAMPLES), tuple(EXAMPLES), tuple(EXAMPLES))
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +67,16 @@ def test_merging_and_restoring_leave_the_base_bit_identical(model):
     assert same(model.base(), before)
 
 
-def test_judging_leaves_the_base_bit_identical_even_after_an_error(model, tokens):
+def test_evaluating_leaves_the_base_bit_identical_even_after_an_error(model, tokens):
     before = model.base()
     model.make_head(tokens)
-    scores = [judge(model, TASK, tokens)]
-    scores += [judge(model, TASK, tokens, trained(model, 4, 1), trained(model, 2, 2))]
+    scores = [evaluate(model, TASK, tokens)]
+    scores += [evaluate(model, TASK, tokens, trained(model, 4, 1), trained(model, 2, 2))]
     assert same(model.base(), before)
     with pytest.raises(KeyError, match="stop"), model.carrying(trained(model, 4, 1)):
         raise KeyError("stop")
     assert same(model.base(), before)
-    assert judge(model, TASK, tokens) == scores[0] != scores[1]
+    assert evaluate(model, TASK, tokens) == scores[0] != scores[1]
 
 
 @pytest.mark.parametrize("rank", [4, 2])

@@ -9,13 +9,14 @@ import pytest
 from miniature import metrics, miniature, run
 
 import fedlora_kernels as flk
-from integration import charts, files
-from integration.engine import LocalEngine
-from integration.report import write_report
-from integration.series import read_run
+from integration import files
+from integration.report import figures
+from integration.report.html import write_report
+from integration.report.series import read_run
+from integration.report.table import MISSING
+from integration.rounds.engine import LocalEngine
+from integration.rounds.state import place, read_state
 from integration.settings import SettingsError
-from integration.state import place, read_state
-from integration.table import MISSING
 
 
 class Cancelling(LocalEngine):
@@ -45,10 +46,10 @@ def strictly(folder):
 
 def test_a_round_without_an_update_is_written_and_drawn(tmp_path):
     """A learning rate so small that no B leaves zero."""
-    settings = miniature(learning_rate=1e-60, rules=tuple(flk.rules()), rounds=1)
+    settings = miniature(learning_rate=1e-60, rules=flk.rules.names(), rounds=1)
     summary, lines = run(tmp_path, settings)
     strictly(tmp_path)
-    assert [entry["relative_error"] for entry in summary] == [0] * len(flk.rules())
+    assert [entry["relative_error"] for entry in summary] == [0] * len(flk.rules.names())
     assert all(not any(module["spectrum"]) for module in lines["fedit"][0]["modules"].values())
     assert "Error of the aggregation" in (tmp_path / "report.html").read_text()
 
@@ -64,7 +65,7 @@ def test_an_error_beside_updates_that_cancel_is_null(tmp_path):
     for entry in lines["fedit"]:
         assert entry["relative_error"] is None
         assert {module["relative_error"] for module in entry["modules"].values()} == {None}
-    drawn = re.findall(r"<!-- (.*?) -->", charts.errors(read_run(tmp_path).rules))
+    drawn = re.findall(r"<!-- (.*?) -->", figures.errors(read_run(tmp_path).rules))
     assert MISSING in drawn
     assert "0" in drawn
     page = write_report(tmp_path).read_text()

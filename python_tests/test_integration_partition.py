@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from integration.partition import dirichlet
+from integration.rounds.partition import dirichlet
 from integration.settings import SettingsError
 
 LABELS = [position % 8 for position in range(997)]

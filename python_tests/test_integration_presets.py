@@ -9,11 +9,12 @@ from integration import __main__ as command_line
 from integration import compare as compare_module
 from integration.__main__ import main
 from integration.plan import plan
-from integration.published import PUBLISHED
+from integration.rounds.evaluate import Score
+from integration.rounds.records import write_settings
 from integration.settings import PRESETS, SettingsError, from_preset
 from integration.tasks import TASKS
 from integration.tasks.glue import SUBSETS
-from integration.tiny import ROWS, tiny
+from integration.tiny import miniature
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.toml"))
 
@@ -79,18 +80,17 @@ def test_a_plan_partitions_the_published_sizes():
     assert sum(planned.examples) == 15_011 - 500
     assert sum(plan(from_preset("fedsa-gsm8k-llama3-8b")).examples) == 7473
     by_topic = plan(from_preset("flexlora-hetero")).examples
-    shares = [count / 15_011 for count in PUBLISHED["dolly"].train]
+    shares = [count / 15_011 for count in TASKS["dolly"].published[""].train]
     for found, share in zip(by_topic, shares, strict=True):
         assert found == pytest.approx(share * (15_011 - 500), abs=1)
 
 
 def test_sizes_are_published_for_the_tasks_that_read_data_sets():
-    for name in PUBLISHED:
-        task, _, detail = name.partition(" ")
-        assert task in TASKS
-        assert task in ROWS
-        if task == "glue":
-            assert len(PUBLISHED[name].train) == len(SUBSETS[detail][1])
+    assert {task.name for task in TASKS.values() if task.published} == {
+        task.name for task in TASKS.values() if task.row
+    }
+    for subset, sizes in TASKS["glue"].published.items():
+        assert len(sizes.train) == len(SUBSETS[subset][1])
 
 
 def test_a_data_set_of_unknown_size_is_an_error():
@@ -119,7 +119,7 @@ def test_a_preset_runs_in_miniature(name, tmp_path, monkeypatch):
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {line["rule"] for line in lines} == set(settings.rules)
     assert all(line["accuracy"] is not None for line in lines if line["round"] == 2)
-    planned = plan(tiny(settings, tmp_path))
+    planned = plan(miniature(settings, tmp_path).settings)
     for expected in planned.traffic:
         found = [line for line in lines if line["rule"] == expected.rule]
         assert len(found) == planned.settings.rounds
@@ -134,7 +134,8 @@ def test_a_preset_runs_in_miniature(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_miniature_keeps_what_the_preset_is_about(name, tmp_path):
     settings = from_preset(name)
-    small = tiny(settings, tmp_path)
+    made = miniature(settings, tmp_path)
+    small = made.settings
     assert small.rules == settings.rules
     assert small.partition == settings.partition
     assert small.target_modules == settings.target_modules
@@ -146,17 +147,51 @@ def test_the_miniature_keeps_what_the_preset_is_about(name, tmp_path):
         assert 1 <= small.micro_batch_size < small.batch_size, "a step has several micro-batches"
     assert small.init == "random"
     assert settings.init == "pretrained"
-    shape = json.loads((tmp_path / "config.json").read_text())
+    shape = json.loads(made.files[tmp_path / "config.json"])
     assert shape["num_hidden_layers"] == 2
 
 
 def test_miniatures_are_the_same_every_time(tmp_path):
-    first = tiny(from_preset("florist-tinyllama-dolly"), tmp_path / "a")
-    second = tiny(from_preset("florist-tinyllama-dolly"), tmp_path / "b")
-    files = ("config.json", "data/train.jsonl")
-    assert first.ranks == second.ranks
-    for name in files:
+    made = [miniature(from_preset("florist-tinyllama-dolly"), tmp_path / name) for name in "ab"]
+    assert made[0].settings.ranks == made[1].settings.ranks
+    assert not list(tmp_path.iterdir()), "nothing is written before it is asked for"
+    for small in made:
+        small.write()
+    for name in ("config.json", "data/train.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "hetero-quickstart", "fedsa-glue-roberta-large"])
+def test_a_miniature_is_planned_and_leaves_nothing(name, capsys, tmp_path):
+    out = tmp_path / "out"
+    assert main(["compare", "--preset", name, "--tiny", "--dry-run", "--out", str(out)]) == 0
+    assert "together" in capsys.readouterr().out
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--rules nothing", "--rules fedsa --after merge", "--task nothing", "--config nothing"],
+)
+def test_a_miniature_that_cannot_run_leaves_nothing(flags, capsys, tmp_path):
+    out = tmp_path / "out"
+    assert main(["compare", "--tiny", "--out", str(out), *flags.split()]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_miniature_does_not_change_the_files_of_another_run(capsys, tmp_path, monkeypatch):
+    """--resume with another preset: the model and the data in the folder stay those of its run."""
+    monkeypatch.setattr(command_line, "compare_rules", lambda *_, **__: None)
+    flags = ["--tiny", "--out", str(tmp_path), "--resume"]
+    assert main(["compare", "--preset", "florist-tinyllama-dolly", *flags]) == 0
+    settings = miniature(from_preset("florist-tinyllama-dolly"), tmp_path).settings
+    write_settings(tmp_path, settings, Score(0.5, 1.0))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(before) == 3
+    assert main(["compare", "--preset", "fedsa-glue-roberta-large", *flags]) == 2
+    assert "was begun with task 'dolly', found 'glue'" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # ---- sources ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Pretraining from scratch: what it leaves is a transformers folder, decided by its seed alone."""
 
+import io
 import json
 
 import pytest
@@ -8,9 +9,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from integration.__main__ import main
-from integration.federation import Federation
-from integration.loading import SHAPES, shape
-from integration.pretrain import HELD_OUT, Pretraining, _texts, pretrain, recipe
+from integration.model.loading import SHAPES, shape
+from integration.model.pretrain import HELD_OUT, Pretraining, _texts, pretrain, recipe
+from integration.rounds.federation import Federation
 from integration.settings import SettingsError, from_preset
 from integration.tasks import TASKS
 from integration.tasks.arithmetic import problems, sums
@@ -44,8 +45,16 @@ def small(tmp_path_factory):
 
 def test_it_leaves_a_model_that_has_learned(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    losses = [pretrain(small, tmp_path / name, Console(quiet=True)) for name in ("a", "b")]
+    said = io.StringIO()
+    consoles = Console(file=said, width=120), Console(quiet=True)
+    losses = [
+        pretrain(small, tmp_path / name, console)
+        for name, console in zip("ab", consoles, strict=True)
+    ]
     assert losses[0] == losses[1] < 4.5, "log(400) is 6.0"
+    told = [line for line in said.getvalue().splitlines() if line.startswith("pretraining: step")]
+    assert len(told) == 30, "a line for every twentieth of the steps, here for each"
+    assert told[-1] == f"pretraining: step 30 of 30, loss {losses[0]:.3f}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"], "and nothing else"
     model, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("a", "b"))
     for name, tensor in model.state_dict().items():
@@ -70,18 +79,18 @@ def test_a_federation_starts_from_it(small, tmp_path):
         train_size=64,
         shared_per_class=0,
     )
-    assert Federation.build(settings).judge().loss < 5.5
+    assert Federation.build(settings).evaluate().loss < 5.5
 
 
 def test_test_splits_are_left_out():
     """A test split of a fifth of a task has the lowest hashes; the training has none of them."""
     for level in (1, 3):
-        task = TASKS["arithmetic"](test_size=1200, level=level, examples=6000)
+        task = TASKS["arithmetic"].load(test_size=1200, level=level, examples=6000)
         tests = {example.text + example.completion for example in task.test}
         trained = set(_texts(problems(level, 40, 6000, 0)))
         assert all(hashed(text)[0] <= HELD_OUT + 4 for text in tests)
         assert len(trained & tests) <= 0.05 * len(tests)
-        smaller = TASKS["arithmetic"](test_size=1000, level=level, examples=6000)
+        smaller = TASKS["arithmetic"].load(test_size=1000, level=level, examples=6000)
         assert not trained & {example.text + example.completion for example in smaller.test}
 
 

@@ -10,12 +10,12 @@ import pytest
 from recorded import a_round, a_run
 from rich.console import Console
 
-from integration import charts, module_charts
 from integration.__main__ import main
-from integration.report import write_report
-from integration.series import read_run, together
+from integration.report import figures, module_figures
+from integration.report.html import write_report
+from integration.report.series import read_run, together
+from integration.report.table import MISSING, table
 from integration.settings import SettingsError
-from integration.table import MISSING, table
 
 RESULTS = Path(__file__).parents[1] / "integration/results"
 
@@ -77,7 +77,7 @@ def test_rounds_that_were_not_evaluated_have_no_point(tmp_path):
     rounds = [a_round("fedit", n, accuracy=None if n < 3 else 0.75) for n in (1, 2, 3)]
     run = read_run(a_run(tmp_path / "run", rounds))
     assert [entry["accuracy"] for entry in run.rules["fedit"]] == [None, None, 0.75]
-    assert "0.750" in words(charts.accuracy(run.rules, {"fedit": 0.5}))
+    assert "0.750" in words(figures.accuracy(run.rules, {"fedit": 0.5}))
     assert write_report(tmp_path / "run").read_text().count("<svg") == 5, "no rule chooses ranks"
 
 
@@ -104,8 +104,8 @@ def test_rounds_that_diverged_leave_gaps(tmp_path, value, rounds):
     run = read_run(folder)
     gaps = [entry["round"] for entry in run.rules["fedit"] if entry["relative_error"] is None]
     assert gaps == list(rounds)
-    assert charts.colour(run.rules["fedit"]) == charts.ABOVE_FLOOR
-    assert charts.colour(run.rules["florist"]) == charts.AT_FLOOR
+    assert figures.color(run.rules["fedit"]) == figures.ABOVE_FLOOR
+    assert figures.color(run.rules["florist"]) == figures.AT_FLOOR
     assert run.summary[0]["relative_error"] is None
     assert write_report(folder).read_text().count("<svg") == 6
     console = Console(width=120)
@@ -130,7 +130,7 @@ def test_the_numbers_of_earlier_versions_are_read_as_null(tmp_path):
 def test_traffic_adds_up_over_the_rounds(tmp_path):
     """Three rounds of 1.5 MB: the axis reaches 4.5 MB and names 2 MB."""
     run = read_run(a_run(tmp_path / "run"))
-    said = words(charts.traffic(run.rules, dict.fromkeys(run.rules, 0.5)))
+    said = words(figures.traffic(run.rules, dict.fromkeys(run.rules, 0.5)))
     assert "2 MB" in said
     assert "10 MB" not in said
     assert "fedit" in said
@@ -139,7 +139,7 @@ def test_traffic_adds_up_over_the_rounds(tmp_path):
 
 def test_the_heat_map_shows_the_ranks_of_rules_that_choose(tmp_path):
     run = read_run(a_run(tmp_path / "run"))
-    said = words(module_charts.ranks(run.rules))
+    said = words(module_figures.ranks(run.rules))
     assert "florist" in said
     assert "fedit" not in said
     cells = [word for word in said if word.isdigit()]
@@ -148,7 +148,7 @@ def test_the_heat_map_shows_the_ranks_of_rules_that_choose(tmp_path):
 
 
 def test_modules_without_layers_and_with_equal_last_names_keep_their_places():
-    table = module_charts._table
+    table = module_figures._table
     modules = ("encoder.0.self.out", "encoder.0.cross.out", "head")
     rounds = [{"round": 1, "modules": {name: {"rank": k} for k, name in enumerate(modules)}}]
     rows, layers, ranks = table(rounds)
@@ -159,15 +159,15 @@ def test_modules_without_layers_and_with_equal_last_names_keep_their_places():
 
 def test_the_spectrum_is_the_median_of_the_modules():
     modules = {name: {"spectrum": [k, 0.1 * k]} for k, name in enumerate("abc", 1)}
-    assert module_charts._values({"modules": modules}) == pytest.approx([2, 0.2])
+    assert module_figures._values({"modules": modules}) == pytest.approx([2, 0.2])
     modules["d"] = {"spectrum": []}
-    assert module_charts._values({"modules": modules}) == [], "a VeRA module has none"
+    assert module_figures._values({"modules": modules}) == [], "a VeRA module has none"
 
 
 def test_the_time_split_names_the_share_of_the_aggregation(tmp_path):
     rounds = [a_round("fedit", n, transfer_ms=80.0) for n in (1, 2)]
     run = read_run(a_run(tmp_path / "run", rounds))
-    said = words(charts.times(run.rules))
+    said = words(figures.times(run.rules))
     assert {"training", "transfer", "aggregation", "evaluation"} <= set(said)
     assert "aggregation 0.91 %" in said, "20 of 2200 ms"
 

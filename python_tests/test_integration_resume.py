@@ -1,5 +1,6 @@
 """A run killed at any moment and resumed gives the bits of one that was never stopped."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -11,9 +12,11 @@ from multiprocessing import forkserver
 import pytest
 import torch
 from miniature import metrics, miniature, run, timeless
+from recorded import a_round
 
 import fedlora_kernels as flk
-from integration import files, records, rounds, state
+from integration import files
+from integration.rounds import loop, records, state
 from integration.settings import SettingsError
 
 RULES = ["florist", "flora", "fedsa", "fedex"]
@@ -116,6 +119,39 @@ def killed_in_a_write(out, at, cut, resume):
     run(out, settings(), RULES, resume=resume)
 
 
+def killed_in_a_line(out, at, part):
+    """Die when `part` of the `at`-th line of metrics.jsonl is in the file."""
+    append, done = records.Metrics.append, 0
+
+    def deadly(metrics, record):
+        nonlocal done
+        done += 1
+        if done < at:
+            append(metrics, record)
+            return
+        size = metrics._path.stat().st_size if done > 1 else 0
+        append(metrics, record)
+        with metrics._path.open("r+b") as file:
+            file.truncate(size + int(part * (metrics._path.stat().st_size - size)))
+        die()
+
+    records.Metrics.append = deadly
+    run(out, settings(), RULES)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_killed_in_a_line_of_the_metrics(unbroken, tmp_path, part):
+    """The state is on the disk before the line is: what is missing comes from there."""
+    child = in_a_child(killed_in_a_line, tmp_path, 3, part)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    left = (tmp_path / "metrics.jsonl").read_text()
+    assert left.count("\n") == (3 if part == 1 else 2)
+    assert left.endswith("\n") == (part != 0.5)
+    run(tmp_path, settings(), RULES, resume=True)
+    assert_same(tmp_path, unbroken)
+
+
 @pytest.mark.parametrize("cut", ["before", "half-way", "written", "renamed"])
 def test_killed_in_a_state_write(unbroken, tmp_path, cut):
     """In the first rule's first round, then in the third rule's second one, then not at all."""
@@ -150,9 +186,31 @@ def test_finished_rounds_are_not_trained_again(unbroken, tmp_path, monkeypatch):
     chosen = settings(rules=("florist",))
     run(tmp_path, chosen, ["florist"])
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(rounds, "write_state", None)  # calling it would raise
+    monkeypatch.setattr(loop, "write_state", None)  # calling it would raise
     run(tmp_path, chosen, ["florist"], resume=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_line_of_the_metrics_is_written_once(tmp_path, monkeypatch):
+    """Bytes written grow with the rounds, not with their square; the file stays the same one."""
+    path, rounds = tmp_path / "metrics.jsonl", [a_round("fedit", n) for n in range(1, 41)]
+    lines = [files.to_json(dataclasses.asdict(record)) + "\n" for record in rounds]
+    metrics = records.Metrics(tmp_path)
+    metrics.append(rounds[0])
+    node, written = path.stat().st_ino, []
+    monkeypatch.setattr(records.os, "fsync", lambda _: written.append(path.stat().st_size))
+    for record in rounds[1:]:
+        metrics.append(record)
+    assert path.stat().st_ino == node
+    assert path.read_text() == "".join(lines)
+    ends = [sum(map(len, lines[: n + 1])) for n in range(40)]
+    assert written == ends[1:]
+    again = records.Metrics(tmp_path)
+    for record in rounds[:20]:
+        again.append(record)
+    assert len(written) == 39, "what is there already is not written again"
+    again.append(a_round("flora", 1))
+    assert path.read_text().count("\n") == 21, "what follows a line that differs is gone"
 
 
 def test_resume_without_a_finished_round_starts_anew(tmp_path):
@@ -196,18 +254,18 @@ def test_a_damaged_state_says_so(tmp_path):
     with pytest.raises(SettingsError, match=r"florist\.pt cannot be read .*without --resume"):
         state.read_state(path)
     torch.save({"format": 0}, path)
-    with pytest.raises(SettingsError, match="format 0, expected 1"):
+    with pytest.raises(SettingsError, match="format 0, expected 2"):
         state.read_state(path)
 
 
 def test_one_rule_leaves_a_peft_folder(tmp_path):
     """What `run` leaves is the global model: on the base as loaded, it scores what was recorded."""
-    from integration.federation import Federation
+    from integration.rounds.federation import Federation
 
     for rule in ("florist", "flora", "fedex"):
         chosen = settings(rules=(rule,))
         summary, _ = run(tmp_path / rule, chosen, [rule])
-        score = Federation.build(chosen).judge(flk.Adapter.load(tmp_path / rule))
+        score = Federation.build(chosen).evaluate(flk.Adapter.load(tmp_path / rule))
         assert score.loss == pytest.approx(summary[0]["loss"], rel=1e-4)
 
 

@@ -8,11 +8,11 @@ import pytest
 from recorded import a_round, a_run
 from rich.console import Console
 
-from integration.judge import Score
-from integration.noise import interval
-from integration.report import write_report
-from integration.summary import write_summary
-from integration.table import MISSING, SPARE, columns, table
+from integration.report.html import write_report
+from integration.report.intervals import interval
+from integration.report.summary import write_summary
+from integration.report.table import MISSING, SPARE, columns, table
+from integration.rounds.evaluate import Score
 
 START = Score(0.5, 1.2)
 ACCURACIES = {"fedit": (0.70, 0.72, 0.71), "florist": (0.71, 0.70, 0.72), "ffa": (0.5, 0.52, 0.51)}

@@ -11,7 +11,7 @@ from integration.tasks.task import split
 
 @pytest.fixture(scope="module")
 def task():
-    return TASKS["stdlib_chapters"](test_size=640, shared_per_class=50)
+    return TASKS["stdlib_chapters"].load(test_size=640, shared_per_class=50)
 
 
 def key(text):
@@ -41,7 +41,7 @@ def test_no_text_is_in_two_splits(task):
 
 def test_it_is_the_same_every_time(task):
     stdlib_chapters.parse.cache_clear()
-    assert TASKS["stdlib_chapters"](test_size=640, shared_per_class=50) == task
+    assert TASKS["stdlib_chapters"].load(test_size=640, shared_per_class=50) == task
 
 
 def test_making_it_imports_no_module_of_the_library(task):
@@ -74,7 +74,7 @@ def test_a_text_of_two_chapters_is_in_neither(tmp_path, monkeypatch):
 def test_a_python_without_sources_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(stdlib_chapters.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(TaskError, match="install the sources"):
-        stdlib_chapters.load(test_size=10, shared_per_class=1)
+        stdlib_chapters.TASK.load(test_size=10, shared_per_class=1)
 
 
 def test_the_split_does_not_move_when_a_text_comes():

@@ -1,4 +1,4 @@
-"""Tokens, losses and scores of a model: what counts, and that judge and Trainer agree on it."""
+"""Tokens, losses and scores of a model: what counts, and that evaluate and Trainer agree on it."""
 
 import math
 
@@ -7,13 +7,13 @@ import torch
 from miniature import MESSAGES, language, miniature
 from torch.nn.functional import cross_entropy
 
-from integration.federation import Federation
-from integration.judge import judge
+from integration.model.tokenizer import trained_tokenizer
+from integration.model.tokens import IGNORED, Completions
+from integration.model.trainer import LocalTrainer
+from integration.rounds.evaluate import evaluate
+from integration.rounds.federation import Federation
 from integration.settings import SettingsError
 from integration.tasks import Example
-from integration.tokenizer import trained_tokenizer
-from integration.tokens import IGNORED, Completions
-from integration.trainer import LocalTrainer
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def federation():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return trained_tokenizer(["Name a colour. Blue. The sky is blue. 12 + 30 = 42"] * 3, 300)
+    return trained_tokenizer(["Name a color. Blue. The sky is blue. 12 + 30 = 42"] * 3, 300)
 
 
 def test_a_trained_tokenizer_gives_every_text_back(tokenizer):
@@ -35,14 +35,14 @@ def test_a_trained_tokenizer_gives_every_text_back(tokenizer):
         assert ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert len(tokenizer("123")["input_ids"]) == 4, "a digit is a token"
-    again = trained_tokenizer(["Name a colour. Blue. The sky is blue. 12 + 30 = 42"] * 3, 300)
+    again = trained_tokenizer(["Name a color. Blue. The sky is blue. 12 + 30 = 42"] * 3, 300)
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
 def test_only_the_completion_counts(tokenizer):
     examples = [
         Example("The sky is", 0, completion=" blue."),
-        Example("", 0, completion="Blue.", turns=(("user", "Name a colour."),)),
+        Example("", 0, completion="Blue.", turns=(("user", "Name a color."),)),
     ]
     tokens = Completions(examples, tokenizer, 64)
     batch = tokens.batch([0, 1])
@@ -51,7 +51,7 @@ def test_only_the_completion_counts(tokenizer):
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
     prompts = tokens.to_complete([0, 1])
     assert prompts["attention_mask"][:, -1].all(), "padded on the left"
-    assert tokenizer.decode(prompts["input_ids"][1]) == "<s>user:\nName a colour.\nassistant:\n"
+    assert tokenizer.decode(prompts["input_ids"][1]) == "<s>user:\nName a color.\nassistant:\n"
 
 
 def test_tokens_are_those_of_trl(tokenizer, tmp_path):
@@ -69,7 +69,7 @@ def test_tokens_are_those_of_trl(tokenizer, tmp_path):
         ),
         (
             {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
-            Example("", 0, completion="Blue.", turns=(("user", "Name a colour."),)),
+            Example("", 0, completion="Blue.", turns=(("user", "Name a color."),)),
         ),
     ):
         trainer = trl.SFTTrainer(
@@ -85,7 +85,7 @@ def test_tokens_are_those_of_trl(tokenizer, tmp_path):
 
 
 def test_the_loss_is_the_completions_mean_cross_entropy(federation):
-    """judge() and the Trainer against transformers' own loss, one example at a time."""
+    """evaluate() and the Trainer against transformers' own loss, one example at a time."""
     model, tokens = federation.model, federation.test
     total, count = 0.0, 0
     with torch.inference_mode(), model.carrying():
@@ -94,7 +94,7 @@ def test_the_loss_is_the_completions_mean_cross_entropy(federation):
             counted = int((batch["labels"][:, 1:] != IGNORED).sum())
             total += float(model.network(**batch).loss) * counted
             count += counted
-    score = judge(model, federation.task, tokens, max_new_tokens=1)
+    score = evaluate(model, federation.task, tokens, max_new_tokens=1)
     assert score.loss == pytest.approx(total / count, rel=1e-5)
     assert score.loss == pytest.approx(math.log(model.network.config.vocab_size), rel=0.1)
     trainer = LocalTrainer(model, federation.settings)
@@ -110,7 +110,7 @@ def test_training_moves_a_language_model(federation):
         made.model, trainer, made.train, made.model.fresh(8, 0, 1), 1, settings
     )
     assert all(factors.b.any() for factors in update.adapter.factors.values())
-    assert made.judge(update.adapter).loss < made.judge().loss
+    assert made.evaluate(update.adapter).loss < made.evaluate().loss
 
 
 def test_generation_stops_at_the_answer(federation, monkeypatch):
@@ -129,8 +129,8 @@ def test_generation_stops_at_the_answer(federation, monkeypatch):
         return torch.tensor(written)
 
     monkeypatch.setattr(model.network, "generate", generate, raising=False)
-    assert judge(model, task, tokens, max_new_tokens=40).accuracy == 1.0
-    assert judge(model, task, tokens, max_new_tokens=3).accuracy == 0.0
+    assert evaluate(model, task, tokens, max_new_tokens=40).accuracy == 1.0
+    assert evaluate(model, task, tokens, max_new_tokens=3).accuracy == 0.0
 
 
 def test_the_balanced_loss_adds_the_clients_frequencies():

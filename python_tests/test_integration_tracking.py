@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from integration.records import Round
+from integration.report.tracking import Tracker, scalars
+from integration.rounds.records import RoundRecord
 from integration.settings import SettingsError, from_preset
-from integration.tracking import Tracker, scalars
 
 
 def a_round(rule, number, seed=0, **changes):
@@ -26,7 +26,7 @@ def a_round(rule, number, seed=0, **changes):
         "modules": {},
         "accuracy": 0.5 + 0.125 * number,
     }
-    return Round(rule=rule, seed=seed, round=number, **(fields | changes))
+    return RoundRecord(rule=rule, seed=seed, round=number, **(fields | changes))
 
 
 def send(settings, out):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from miniature import miniature, settings_like
 
-from integration.federation import Federation
+from integration.model.tokens import IGNORED
+from integration.model.trainer import LocalTrainer
+from integration.rounds.federation import Federation
 from integration.settings import SettingsError
-from integration.tokens import IGNORED
-from integration.trainer import LocalTrainer
 
 ROUNDING = 16 * torch.finfo(torch.float32).eps
 """Of sums in another order; relative to the norm."""

@@ -22,7 +22,7 @@ from federation import (
 import fedlora_kernels as flk
 from fedlora_kernels import reference
 
-GLOBAL_RULES = [rule for rule in flk.rules() if rule != "fedsa"]
+GLOBAL_RULES = [rule for rule in flk.rules.names() if rule != "fedsa"]
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
@@ -99,7 +99,7 @@ def test_florist_release_stacking_finds_sides_by_comparing_shapes(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("alpha", [4, 8, 16])
-@pytest.mark.parametrize("rule", flk.rules())
+@pytest.mark.parametrize("rule", flk.rules.names())
 def test_alpha_over_r_left_out_one_client_is_the_identity(
     rule: str, alpha: int, rslora: bool, dtype: torch.dtype
 ) -> None:

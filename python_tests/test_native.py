@@ -1,18 +1,16 @@
 """libfedlora_cpu.so: what it is linked with, which process loads it, and what happens without."""
 
-import os
 import shutil
 import struct
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+from processes import copy_sources, run
 
 import fedlora_kernels as flk
-from fedlora_kernels import native
+from fedlora_kernels.backends import libraries
 
 OPERATORS = flk.ops.__all__
 DT_NEEDED, DT_RPATH, DT_RUNPATH = 1, 15, 29
@@ -48,8 +46,8 @@ class Elf:
 
 def compiled(name: str) -> Path:
     """A compiled file of this installation, wherever an editable one keeps it."""
-    library = native.library("fedlora_cpu")
-    assert library is not None, native.missing("fedlora_cpu")
+    library = libraries.library("fedlora_cpu")
+    assert library is not None, libraries.missing("fedlora_cpu")
     return library.parent / name
 
 
@@ -118,34 +116,13 @@ with_kernel = [name for name in flk.ops.__all__ if has(f"fedlora::{name}", "CPU"
 print(flk.backend())
 print(len(with_kernel), len(flk.ops.__all__))
 print("libfedlora_cpu.so" in Path("/proc/self/maps").read_text())
-cpu = next(item for item in flk.backends() if item.name == "cpu")
+cpu = next(item for item in flk.backends.ordered() if item.name == "cpu")
 print(cpu.serves, cpu.reason)
 """
 
 
-def run(
-    code: str, backend: str | None = None, tree: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Python on some code; with a ``tree``, the package comes from there and nowhere else."""
-    environment = {key: value for key, value in os.environ.items() if key != "FEDLORA_BACKEND"}
-    if backend is not None:
-        environment["FEDLORA_BACKEND"] = backend
-    flags = []
-    if tree is not None:  # without site there are no .pth files, hence no editable installation
-        flags = ["-S"]
-        paths = [str(tree), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-        code = f"import sys; sys.path[:0] = {paths}\n{code}"
-    return subprocess.run(
-        [sys.executable, *flags, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def state(backend: str | None = None, tree: Path | None = None) -> list[str]:
-    done = run(STATE, backend, tree)
+    done = run(STATE, backend, tree=tree)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -179,9 +156,7 @@ def test_kernels_of_other_keys_are_not_registered() -> None:
 @pytest.fixture(name="tree")
 def _tree(tmp_path: Path) -> Path:
     """A copy of the package's sources, without what was compiled."""
-    source = Path(flk.__file__).parent
-    ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(source, tmp_path / source.name, ignore=ignored)
+    copy_sources(tmp_path)
     return tmp_path
 
 
@@ -197,14 +172,14 @@ def test_the_copy_serves_with_its_libraries(tree: Path) -> None:
     """The control: beside the sources, the library is found and loaded from there."""
     for name in ("libfedlora_cpu.so", "_numpy" + sysconfig.get_config_var("EXT_SUFFIX")):
         shutil.copy(compiled(name), tree / "fedlora_kernels")
-    code = "from fedlora_kernels import native; print(native.library('fedlora_cpu'))"
+    code = "from fedlora_kernels.backends import libraries; print(libraries.library('fedlora_cpu'))"
     assert state(tree=tree)[0] == "cpu"
     done = run(code, tree=tree)
     assert done.stdout.strip() == str(tree / "fedlora_kernels" / "libfedlora_cpu.so"), done.stderr
 
 
 def test_a_missing_library_cannot_be_forced(tree: Path) -> None:
-    done = run("import fedlora_kernels", "cpu", tree)
+    done = run("import fedlora_kernels.ops", "cpu", tree=tree)
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == (
         f"RuntimeError: FEDLORA_BACKEND=cpu cannot serve ({NOT_BUILT}); "
@@ -218,18 +193,38 @@ def test_a_broken_library_leaves_composed(tree: Path) -> None:
     assert (name, kernels) == ("composed", f"0 {len(OPERATORS)}")
     assert reason.startswith("False libfedlora_cpu.so does not load: ")
     assert "libfedlora_cpu.so: " in reason, "the dynamic linker's text is missing"
-    done = run("import fedlora_kernels", "cpu", tree)
+    done = run("import fedlora_kernels.ops", "cpu", tree=tree)
     assert "FEDLORA_BACKEND=cpu cannot serve (libfedlora_cpu.so does not load" in done.stderr
 
 
 def test_openblas_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = native.find_spec
+    find_spec = libraries.find_spec
 
     def hidden(name: str) -> object:
         return None if name == "scipy_openblas64" else find_spec(name)
 
-    monkeypatch.setattr(native, "find_spec", hidden)
-    assert native.missing("fedlora_cpu") == "scipy-openblas64 is not installed"
+    monkeypatch.setattr(libraries, "find_spec", hidden)
+    monkeypatch.setattr(libraries, "library", lambda name: Path(f"lib{name}.so"))
+    for linked in ("fedlora_cpu", "fedlora_cuda_emulated"):
+        assert libraries.missing(linked) == "scipy-openblas64 is not installed"
+    assert libraries.missing("fedlora_cuda") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("fedlora_cpu", 1), ("fedlora_cuda_emulated", 1), ("fedlora_cuda", 0)]
+)
+def test_openblas_is_loaded_for_what_is_linked_with_it(
+    name: str, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = {"openblas": 0, "torch": 0}
+    monkeypatch.setattr(
+        libraries, "load_openblas", lambda: loaded.update(openblas=loaded["openblas"] + 1)
+    )
+    monkeypatch.setattr(
+        torch.ops, "load_library", lambda path: loaded.update(torch=loaded["torch"] + 1)
+    )
+    libraries.load(name)
+    assert loaded == {"openblas": asked, "torch": 1}
 
 
 @pytest.mark.parametrize(
@@ -244,17 +239,17 @@ def test_openblas_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_versions_of_torch(version: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "version", lambda name: version)
-    assert native.missing("fedlora_cpu") == reason
+    monkeypatch.setattr(libraries, "version", lambda name: version)
+    assert libraries.missing("fedlora_cpu") == reason
 
 
 def test_torch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
-        raise native.PackageNotFoundError(name)
+        raise libraries.PackageNotFoundError(name)
 
-    monkeypatch.setattr(native, "version", missing)
-    assert native.missing("fedlora_cpu") == "torch is not installed"
+    monkeypatch.setattr(libraries, "version", missing)
+    assert libraries.missing("fedlora_cpu") == "torch is not installed"
 
 
 def test_a_library_that_nobody_built() -> None:
-    assert native.library("fedlora_abacus") is None
+    assert libraries.library("fedlora_abacus") is None

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from assertions import assert_compiles, assert_same_bits, poisoned_memory, strided_in_nan
+from assertions import (
+    BadCall,
+    assert_compiles,
+    assert_refuses,
+    assert_same_bits,
+    poisoned_memory,
+    strided_in_nan,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import (
@@ -141,31 +148,27 @@ def test_compiles() -> None:
     assert_compiles(ops.select_rank, [(*small, 0.9, 2), (*large, 0.9, 3)])
 
 
-def bad_calls() -> list[tuple[type[Exception], tuple[object, ...]]]:
+def bad_calls() -> dict[str, BadCall]:
     sigma = torch.ones(2, 3, dtype=torch.float64)
     total = torch.ones(2, dtype=torch.float64)
-    return [
-        (TypeError, (sigma.float(), total, 0.9)),
-        (TypeError, (sigma, total.float(), 0.9)),
-        (ValueError, (sigma[0], total, 0.9)),
-        (ValueError, (sigma, total[:1], 0.9)),
-        (ValueError, (sigma, total[:, None], 0.9)),
-        (ValueError, (sigma, total, 0.0)),
-        (ValueError, (sigma, total, -0.5)),
-        (ValueError, (sigma, total, 1.0000001)),
-        (ValueError, (sigma, total, float("nan"))),
-        (ValueError, (sigma, total, 0.9, 0)),
-        (ValueError, (sigma, total, 0.9, -3)),
-    ]
+    return {
+        "sigma_float32": (TypeError, "select_rank", (sigma.float(), total, 0.9)),
+        "total_energy_float32": (TypeError, "select_rank", (sigma, total.float(), 0.9)),
+        "sigma_of_one_dimension": (ValueError, "select_rank", (sigma[0], total, 0.9)),
+        "total_energy_of_one_module": (ValueError, "select_rank", (sigma, total[:1], 0.9)),
+        "total_energy_of_two_dimensions": (ValueError, "select_rank", (sigma, total[:, None], 0.9)),
+        "no_energy": (ValueError, "select_rank", (sigma, total, 0.0)),
+        "energy_negative": (ValueError, "select_rank", (sigma, total, -0.5)),
+        "energy_over_1": (ValueError, "select_rank", (sigma, total, 1.0000001)),
+        "energy_nan": (ValueError, "select_rank", (sigma, total, float("nan"))),
+        "max_rank_0": (ValueError, "select_rank", (sigma, total, 0.9, 0)),
+        "max_rank_negative": (ValueError, "select_rank", (sigma, total, 0.9, -3)),
+    }
 
 
-@pytest.mark.parametrize("index", range(len(bad_calls())))
-def test_bad_arguments(index: int) -> None:
-    error, arguments = bad_calls()[index]
-    with pytest.raises(error):
-        ops.select_rank(*arguments)
-    with pytest.raises(RuntimeError):
-        raw.select_rank(*arguments)
+@pytest.mark.parametrize("mistake", bad_calls())
+def test_bad_arguments(mistake: str) -> None:
+    assert_refuses(*bad_calls()[mistake])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

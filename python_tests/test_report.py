@@ -19,7 +19,7 @@ from federation import (
 from matrices import FAMILIES
 
 import fedlora_kernels as flk
-from fedlora_kernels.report import ModuleReport, Report
+from fedlora_kernels.gram_space.report import ModuleReport, Report
 
 
 def test_means_over_the_modules() -> None:
@@ -38,7 +38,7 @@ def test_means_over_the_modules() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", [rule for rule in flk.rules() if rule != "fedsa"])
+@pytest.mark.parametrize("rule", [rule for rule in flk.rules.names() if rule != "fedsa"])
 def test_rows_are_sorted_and_equal_the_dense_errors(rule: str) -> None:
     round_ = draw(common_a=rule == "ffa")
     result = round_.aggregate(rule)
@@ -58,7 +58,7 @@ def test_report_after_absent_modules_were_renormalised(rule: str) -> None:
         assert abs(row.norm - norm(ideal)) < 1e-6 * norm(ideal)
 
 
-@pytest.mark.parametrize("rule", flk.rules())
+@pytest.mark.parametrize("rule", flk.rules.names())
 def test_error_is_zero_and_rank_is_honest_when_nobody_learned(rule: str) -> None:
     round_ = draw(**CASES["all_zero_round"], common_a=True)
     result = round_.aggregate(rule)

@@ -6,7 +6,9 @@ from assertions import (
     EPS,
     EXACT_PRODUCT,
     SPECTRUM_TERMS,
+    BadCall,
     assert_compiles,
+    assert_refuses,
     assert_same_bits,
     assert_singular_values,
     assert_within,
@@ -20,9 +22,11 @@ from matrices import (
     EXACT_AND_ROUNDED,
     FAMILIES,
     Batch,
+    Large,
     Shape,
     cancelling,
     case_id,
+    large_cases,
 )
 
 from fedlora_kernels import ops, reference
@@ -83,7 +87,17 @@ def assert_spectrum(
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_every_component(case: tuple[str, torch.dtype]) -> None:
-    batch = FAMILIES[case[0]].build(case[1])
+    assert_every_component(FAMILIES[case[0]].build(case[1]))
+
+
+@pytest.mark.parametrize("case", large_cases())
+def test_large_ranks(case: Large) -> None:
+    """Another kernel, or another share of its memory, than the families' own sizes reach."""
+    assert_every_component(case.build(torch.float32))
+
+
+def assert_every_component(batch: Batch) -> None:
+    """The decomposition of a whole batch, and the update from it."""
     with poisoned_memory():
         result = raw.spectrum(*grams(batch))
     everything = torch.full((batch.modules,), batch.attainable_rank)
@@ -124,7 +138,8 @@ def test_clients_that_cancel_are_zero(shape: Shape) -> None:
             raw.spectrum(gram_b.to(DEVICE), gram_a.to(DEVICE), scale.to(DEVICE)),
         ):
             sigma, _, left, right, info = result
-            assert not any(bool(x.any()) for x in (sigma, left, right, info)), weights
+            for tensor in (sigma, left, right, info):
+                assert not tensor.any(), weights
 
 
 def test_modules_do_not_mix() -> None:
@@ -177,33 +192,29 @@ def test_compiles() -> None:
     assert_compiles(ops.spectrum, [(*grams(batch), 0.9, 3) for batch in batches])
 
 
-def bad_calls() -> list[tuple[type[Exception], tuple[object, ...]]]:
+def bad_calls() -> dict[str, BadCall]:
     gram = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
     scale = torch.ones(2, 4, dtype=torch.float64)
-    return [
-        (TypeError, (gram.float(), gram, scale)),
-        (TypeError, (gram, gram.float(), scale)),
-        (TypeError, (gram, gram, scale.long())),
-        (ValueError, (gram[0], gram[0], scale)),
-        (ValueError, (gram[:, :, :3], gram, scale)),
-        (ValueError, (gram, gram[:, :3, :3], scale)),
-        (ValueError, (gram, gram[:1], scale)),
-        (ValueError, (gram, gram, scale[:, :3])),
-        (ValueError, (gram, gram, scale[0])),
-        (ValueError, (gram, gram, scale, 0.0)),
-        (ValueError, (gram, gram, scale, 1.5)),
-        (ValueError, (gram, gram, scale, float("nan"))),
-        (ValueError, (gram, gram, scale, 0.9, 0)),
-    ]
+    return {
+        "gram_b_float32": (TypeError, "spectrum", (gram.float(), gram, scale)),
+        "gram_a_float32": (TypeError, "spectrum", (gram, gram.float(), scale)),
+        "integer_scale": (TypeError, "spectrum", (gram, gram, scale.long())),
+        "two_dimensions": (ValueError, "spectrum", (gram[0], gram[0], scale)),
+        "gram_b_not_square": (ValueError, "spectrum", (gram[:, :, :3], gram, scale)),
+        "ranks_differ": (ValueError, "spectrum", (gram, gram[:, :3, :3], scale)),
+        "gram_a_of_one_module": (ValueError, "spectrum", (gram, gram[:1], scale)),
+        "scale_of_another_rank": (ValueError, "spectrum", (gram, gram, scale[:, :3])),
+        "scale_of_one_dimension": (ValueError, "spectrum", (gram, gram, scale[0])),
+        "no_energy": (ValueError, "spectrum", (gram, gram, scale, 0.0)),
+        "energy_over_1": (ValueError, "spectrum", (gram, gram, scale, 1.5)),
+        "energy_nan": (ValueError, "spectrum", (gram, gram, scale, float("nan"))),
+        "max_rank_0": (ValueError, "spectrum", (gram, gram, scale, 0.9, 0)),
+    }
 
 
-@pytest.mark.parametrize("index", range(len(bad_calls())))
-def test_bad_arguments(index: int) -> None:
-    error, arguments = bad_calls()[index]
-    with pytest.raises(error):
-        ops.spectrum(*arguments)
-    with pytest.raises(RuntimeError):
-        raw.spectrum(*arguments)
+@pytest.mark.parametrize("mistake", bad_calls())
+def test_bad_arguments(mistake: str) -> None:
+    assert_refuses(*bad_calls()[mistake])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

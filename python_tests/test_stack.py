@@ -5,8 +5,8 @@ import torch
 from federation import Drawn, draw, federation
 
 import fedlora_kernels as flk
-from fedlora_kernels import stack as module_of_stack
-from fedlora_kernels.stack import stack
+from fedlora_kernels.gram_space import batches as module_of_stack
+from fedlora_kernels.gram_space.batches import stack
 
 
 def shares(*weights: float) -> torch.Tensor:

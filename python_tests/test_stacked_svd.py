@@ -8,10 +8,12 @@ from assertions import (
     FAST_PRODUCT,
     PRODUCT_ROUNDINGS,
     SPECTRUM_TERMS,
+    BadCall,
     assert_compiles,
     assert_near_optimal,
     assert_orthonormal_rows,
     assert_ranks,
+    assert_refuses,
     assert_same_bits,
     assert_same_update,
     assert_singular_values,
@@ -32,9 +34,11 @@ from matrices import (
     FAMILIES,
     THRESHOLD_RANKS,
     Batch,
+    Large,
     Shape,
     cancelling,
     case_id,
+    large_cases,
     normal,
     orthonormal_columns,
 )
@@ -112,6 +116,14 @@ def test_every_family(case: tuple[str, torch.dtype], precision: str) -> None:
             assert_truncated_svd(batch, result, decomposition, energy, max_rank, precision)
 
 
+@pytest.mark.parametrize("case", large_cases())
+def test_large_ranks(case: Large) -> None:
+    batch = case.build(torch.float32)
+    with poisoned_memory():
+        result = raw.stacked_svd(*batch.inputs(), 0.9, None, "exact")
+    assert_truncated_svd(batch, result, dense_svd(batch), 0.9, None, "exact")
+
+
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_list_is_the_stack(case: tuple[str, torch.dtype]) -> None:
     batch = FAMILIES[case[0]].build(case[1])
@@ -132,8 +144,8 @@ def test_clients_that_cancel_have_rank_zero(dtype: torch.dtype, shape: Shape) ->
             raw.stacked_svd(b.to(DEVICE), a.to(DEVICE), scale.to(DEVICE), 1.0),
         ):
             b_global, a_global, sigma, ranks = result
-            assert not ranks.any(), weights
-            assert not any(bool(x.any()) for x in (b_global, a_global, sigma)), weights
+            for tensor in (b_global, a_global, sigma, ranks):
+                assert not tensor.any(), weights
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
@@ -392,53 +404,77 @@ def test_no_ranks_are_the_zero_update(
     assert capfd.readouterr() == ("", "")
 
 
-def bad_calls() -> list[tuple[type[Exception], str, tuple[object, ...]]]:
+def bad_calls() -> dict[str, BadCall]:
     b, a = torch.ones(2, 7, 4), torch.ones(2, 4, 9)
     scale = torch.ones(2, 4, dtype=torch.float64)
     bs = [b[0, :, :2], b[0, :, 2:], b[1, :, :2], b[1, :, 2:]]
     as_ = [a[0, :2], a[0, 2:], a[1, :2], a[1, 2:]]
-    return [
-        (ValueError, "stacked_svd", (b[0], a, scale, 0.9)),
-        (ValueError, "stacked_svd", (b, a[0], scale, 0.9)),
-        (ValueError, "stacked_svd", (b[:1], a, scale, 0.9)),
-        (ValueError, "stacked_svd", (b[:, :, :3], a, scale, 0.9)),
-        (ValueError, "stacked_svd", (b.mT, a.mT, scale, 0.9)),
-        (ValueError, "stacked_svd", (b, a, scale[0], 0.9)),
-        (ValueError, "stacked_svd", (b, a, scale[:, :3], 0.9)),
-        (ValueError, "stacked_svd", (b, a, scale, 0.0)),
-        (ValueError, "stacked_svd", (b, a, scale, 1.01)),
-        (ValueError, "stacked_svd", (b, a, scale, float("nan"))),
-        (ValueError, "stacked_svd", (b, a, scale, 0.9, 0)),
-        (ValueError, "stacked_svd", (b, a, scale, 0.9, None, "precise")),
-        (TypeError, "stacked_svd", (b, a.double(), scale, 0.9)),
-        (TypeError, "stacked_svd", (b.int(), a.int(), scale, 0.9)),
-        (TypeError, "stacked_svd", (b, a, scale.int(), 0.9)),
-        (ValueError, "stacked_svd_list", ([], [], scale, 0.9)),
-        (ValueError, "stacked_svd_list", (bs, as_[:2], scale, 0.9)),
-        (ValueError, "stacked_svd_list", (bs[:3], as_[:3], scale, 0.9)),
-        (ValueError, "stacked_svd_list", (bs, as_, scale[0], 0.9)),
-        (ValueError, "stacked_svd_list", (bs, as_, scale[:, :3], 0.9)),
-        (ValueError, "stacked_svd_list", ([*bs[:3], bs[3][:6]], as_, scale, 0.9)),
-        (ValueError, "stacked_svd_list", ([*bs[:3], bs[3][:, :1]], as_, scale, 0.9)),
-        (ValueError, "stacked_svd_list", (bs, as_, scale, 0.9, -1)),
-        (ValueError, "stacked_svd_list", (bs, as_, scale, 1.0, None, "fast")),
-        (TypeError, "stacked_svd_list", (bs, [f.double() for f in as_], scale, 0.9)),
-        (
+    return {
+        "b_is_a_matrix": (ValueError, "stacked_svd", (b[0], a, scale, 0.9)),
+        "a_is_a_matrix": (ValueError, "stacked_svd", (b, a[0], scale, 0.9)),
+        "b_of_one_module": (ValueError, "stacked_svd", (b[:1], a, scale, 0.9)),
+        "ranks_of_b_and_a_differ": (ValueError, "stacked_svd", (b[:, :, :3], a, scale, 0.9)),
+        "both_transposed": (ValueError, "stacked_svd", (b.mT, a.mT, scale, 0.9)),
+        "scale_of_one_dimension": (ValueError, "stacked_svd", (b, a, scale[0], 0.9)),
+        "scale_of_another_rank": (ValueError, "stacked_svd", (b, a, scale[:, :3], 0.9)),
+        "no_energy": (ValueError, "stacked_svd", (b, a, scale, 0.0)),
+        "energy_over_1": (ValueError, "stacked_svd", (b, a, scale, 1.01)),
+        "energy_nan": (ValueError, "stacked_svd", (b, a, scale, float("nan"))),
+        "max_rank_0": (ValueError, "stacked_svd", (b, a, scale, 0.9, 0)),
+        "unknown_precision": (ValueError, "stacked_svd", (b, a, scale, 0.9, None, "precise")),
+        "a_of_another_dtype": (TypeError, "stacked_svd", (b, a.double(), scale, 0.9)),
+        "integers": (TypeError, "stacked_svd", (b.int(), a.int(), scale, 0.9)),
+        "integer_scale": (TypeError, "stacked_svd", (b, a, scale.int(), 0.9)),
+        "no_tensors": (ValueError, "stacked_svd_list", ([], [], scale, 0.9)),
+        "fewer_a_than_b": (ValueError, "stacked_svd_list", (bs, as_[:2], scale, 0.9)),
+        "three_tensors_of_two_modules": (
+            ValueError,
+            "stacked_svd_list",
+            (bs[:3], as_[:3], scale, 0.9),
+        ),
+        "scale_of_one_dimension_for_a_list": (
+            ValueError,
+            "stacked_svd_list",
+            (bs, as_, scale[0], 0.9),
+        ),
+        "scale_of_another_rank_for_a_list": (
+            ValueError,
+            "stacked_svd_list",
+            (bs, as_, scale[:, :3], 0.9),
+        ),
+        "rows_of_b_differ": (
+            ValueError,
+            "stacked_svd_list",
+            ([*bs[:3], bs[3][:6]], as_, scale, 0.9),
+        ),
+        "client_ranks_differ": (
+            ValueError,
+            "stacked_svd_list",
+            ([*bs[:3], bs[3][:, :1]], as_, scale, 0.9),
+        ),
+        "max_rank_negative": (ValueError, "stacked_svd_list", (bs, as_, scale, 0.9, -1)),
+        "fast_at_full_energy": (
+            ValueError,
+            "stacked_svd_list",
+            (bs, as_, scale, 1.0, None, "fast"),
+        ),
+        "a_of_another_dtype_in_the_list": (
+            TypeError,
+            "stacked_svd_list",
+            (bs, [f.double() for f in as_], scale, 0.9),
+        ),
+        "integers_in_the_list": (
             TypeError,
             "stacked_svd_list",
             ([f.int() for f in bs], [f.int() for f in as_], scale, 0.9),
         ),
-        (TypeError, "stacked_svd_list", (bs, as_, scale.int(), 0.9)),
-    ]
+        "integer_scale_for_a_list": (TypeError, "stacked_svd_list", (bs, as_, scale.int(), 0.9)),
+    }
 
 
-@pytest.mark.parametrize("index", range(len(bad_calls())))
-def test_bad_arguments(index: int) -> None:
-    error, name, arguments = bad_calls()[index]
-    with pytest.raises(error):
-        getattr(ops, name)(*arguments)
-    with pytest.raises(RuntimeError):
-        getattr(raw, name)(*arguments)
+@pytest.mark.parametrize("mistake", bad_calls())
+def test_bad_arguments(mistake: str) -> None:
+    assert_refuses(*bad_calls()[mistake])
 
 
 def test_list_errors_name_the_tensor() -> None:

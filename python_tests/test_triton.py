@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import fedlora_kernels as flk
-from fedlora_kernels.triton import interpreted, serves, tiles
+from fedlora_kernels.backends.triton import interpreted, serves, tiles
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fedlora_kernels.triton import device, factors
+from fedlora_kernels.backends.triton import device, factors
 
 
 def run(code: str, **variables: str) -> str:
@@ -51,7 +51,9 @@ except RuntimeError as error:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that triton serves")
 def test_forced_without_gpu_and_interpreter_raises_with_what_can_serve() -> None:
-    code = "import sys\ntry:\n    import fedlora_kernels\nexcept RuntimeError as e:\n    print(e)"
+    code = (
+        "import sys\ntry:\n    import fedlora_kernels.ops\nexcept RuntimeError as e:\n    print(e)"
+    )
     said = run(code, FEDLORA_BACKEND="triton")
     assert said.startswith("FEDLORA_BACKEND=triton cannot serve (there is no GPU")
     assert "composed" in said.partition("these can: ")[2]
@@ -66,13 +68,15 @@ def test_says_why() -> None:
     able, reason = serves()
     assert reason
     assert able or "GPU" in reason
-    assert ("triton", able, reason) in [(b.name, b.serves, b.reason) for b in flk.backends()]
+    assert ("triton", able, reason) in [
+        (b.name, b.serves, b.reason) for b in flk.backends.ordered()
+    ]
 
 
 STAGES = """
 import torch
 from fedlora_kernels import ops
-from fedlora_kernels.triton import combine, gram, weighted_sum
+from fedlora_kernels.backends.triton import combine, gram, weighted_sum
 
 calls = dict.fromkeys(("gram", "combine", "weighted_sum"), 0)
 for name, stage in (("gram", gram), ("combine", combine), ("weighted_sum", weighted_sum)):
@@ -104,8 +108,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fedlora_kernels import ops
-from fedlora_kernels.triton import combine, device, gram, weighted_sum
-from fedlora_kernels.triton.compiled import open_up
+from fedlora_kernels.backends.triton import combine, device, gram, weighted_sum
+from fedlora_kernels.backends.triton.compiled import open_up
 
 class Driver:
     def get_current_target(self):
@@ -151,7 +155,7 @@ def test_compile_sees_the_kernels_on_a_gpu_and_the_operator_elsewhere() -> None:
 
 TUNED = """
 import torch
-from fedlora_kernels.triton import tiles, tune
+from fedlora_kernels.backends.triton import tiles, tune
 
 # The time is the distance from a wanted tile; the first candidate gives a wrong result.
 wanted = {

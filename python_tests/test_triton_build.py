@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora_kernels.triton import interpreted, release, tiles
+from fedlora_kernels.backends.triton import interpreted, release, tiles
 
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fedlora_kernels.triton import combine, gram, weighted_sum
+from fedlora_kernels.backends.triton import combine, gram, weighted_sum
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

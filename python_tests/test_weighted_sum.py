@@ -4,7 +4,9 @@ import pytest
 import torch
 from assertions import (
     EPS,
+    BadCall,
     assert_compiles,
+    assert_refuses,
     assert_same_bits,
     assert_within,
     poisoned_memory,
@@ -130,33 +132,41 @@ def test_compiles() -> None:
     assert_compiles(ops.weighted_sum_list, list_calls)
 
 
-def bad_calls() -> list[tuple[type[Exception], str, tuple[object, ...]]]:
+def bad_calls() -> dict[str, BadCall]:
     stacked = torch.ones(2, 3, 5, 7)
     weights = torch.ones(2, 3)
     factors = list(stacked.flatten(0, 1))
-    return [
-        (ValueError, "weighted_sum", (stacked[0, 0, 0], weights)),
-        (ValueError, "weighted_sum", (stacked, weights[:1])),
-        (ValueError, "weighted_sum", (stacked, weights[:, :2])),
-        (ValueError, "weighted_sum", (stacked, weights[0, :2])),
-        (ValueError, "weighted_sum", (stacked, weights[None])),
-        (ValueError, "weighted_sum", (stacked, weights[0, 0])),
-        (TypeError, "weighted_sum", (stacked.int(), weights)),
-        (TypeError, "weighted_sum", (stacked, weights.int())),
-        (TypeError, "weighted_sum", (stacked, weights.half())),
-        (ValueError, "weighted_sum_list", ([], weights)),
-        (ValueError, "weighted_sum_list", (factors[:5], weights)),
-        (ValueError, "weighted_sum_list", (factors, weights[0])),
-        (ValueError, "weighted_sum_list", ([*factors[:5], factors[5][:1]], weights)),
-        (TypeError, "weighted_sum_list", ([*factors[:5], factors[5].double()], weights)),
-        (TypeError, "weighted_sum_list", ([f.int() for f in factors], weights)),
-    ]
+    return {
+        "one_dimension": (ValueError, "weighted_sum", (stacked[0, 0, 0], weights)),
+        "weights_of_one_module": (ValueError, "weighted_sum", (stacked, weights[:1])),
+        "weights_of_two_clients": (ValueError, "weighted_sum", (stacked, weights[:, :2])),
+        "two_weights_for_three_clients": (ValueError, "weighted_sum", (stacked, weights[0, :2])),
+        "weights_of_three_dimensions": (ValueError, "weighted_sum", (stacked, weights[None])),
+        "weights_of_no_dimension": (ValueError, "weighted_sum", (stacked, weights[0, 0])),
+        "integers": (TypeError, "weighted_sum", (stacked.int(), weights)),
+        "integer_weights": (TypeError, "weighted_sum", (stacked, weights.int())),
+        "half_weights": (TypeError, "weighted_sum", (stacked, weights.half())),
+        "no_tensors": (ValueError, "weighted_sum_list", ([], weights)),
+        "five_tensors_for_six_weights": (ValueError, "weighted_sum_list", (factors[:5], weights)),
+        "weights_of_one_dimension": (ValueError, "weighted_sum_list", (factors, weights[0])),
+        "shapes_differ": (
+            ValueError,
+            "weighted_sum_list",
+            ([*factors[:5], factors[5][:1]], weights),
+        ),
+        "dtypes_differ": (
+            TypeError,
+            "weighted_sum_list",
+            ([*factors[:5], factors[5].double()], weights),
+        ),
+        "integers_in_the_list": (
+            TypeError,
+            "weighted_sum_list",
+            ([f.int() for f in factors], weights),
+        ),
+    }
 
 
-@pytest.mark.parametrize("index", range(len(bad_calls())))
-def test_bad_arguments(index: int) -> None:
-    error, name, arguments = bad_calls()[index]
-    with pytest.raises(error):
-        getattr(ops, name)(*arguments)
-    with pytest.raises(RuntimeError):
-        getattr(raw, name)(*arguments)
+@pytest.mark.parametrize("mistake", bad_calls())
+def test_bad_arguments(mistake: str) -> None:
+    assert_refuses(*bad_calls()[mistake])

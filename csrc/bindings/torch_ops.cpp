@@ -9,12 +9,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "operators.h"
@@ -34,7 +37,6 @@ namespace {
 using torch::stable::Tensor;
 using TorchType = torch::headeronly::ScalarType;
 using Tensors = std::vector<Tensor>;
-using MaxRank = std::optional<int64_t>;
 
 TorchType type_of(Scalar scalar) {
   switch (scalar) {
@@ -152,127 +154,101 @@ class Place {
   int32_t index_ = 0;
 };
 
-auto converted(const Tensor& tensor) { return array_of(tensor); }
-auto converted(const Tensors& tensors) { return arrays_of(tensors); }
-auto converted(std::string_view text) { return std::string(text); }
+// What torch hands over for an argument of an operator, and what the operator gets of it.
 template <class T>
-auto converted(const T& value) {
+struct Argument {
+  using Handed = T;
+};
+template <>
+struct Argument<Array> {
+  using Handed = const Tensor&;
+};
+template <>
+struct Argument<Arrays> {
+  using Handed = const Tensors&;
+};
+template <>
+struct Argument<std::string> {
+  using Handed = std::string_view;
+};
+
+auto taken(const Tensor& tensor) { return array_of(tensor); }
+auto taken(const Tensors& tensors) { return arrays_of(tensors); }
+auto taken(std::string_view text) { return std::string(text); }
+template <class T>
+auto taken(const T& value) {
   return value;
 }
 
-// Runs an operator on its arguments and returns its N results. Mistakes become RuntimeErrors that
-// name it.
-template <size_t N, class F, class... T>
-auto results_of(const char* name, F run, const T&... arguments) {
-  Tensors results;
-  try {
-    const Place place(arguments...);
-    Host host = {
-        [&](Scalar scalar, const Sizes& sizes) {
-          results.push_back(torch::stable::empty({sizes.data(), sizes.size()}, type_of(scalar),
-                                                 std::nullopt, place.device()));
-          Array array = array_of(results.back());
-          array.data = results.back().mutable_data_ptr();
-          return array;
-        },
-        static_cast<int>(torch::stable::get_num_threads())};
-#if defined(FEDLORA_CUDA) || defined(FEDLORA_EMULATED)
-    const TorchDevice device(place.device());
-    host.device = device.memory();
-#endif
-    run(host, converted(arguments)...);
-  } catch (const std::exception& error) {
-    throw std::runtime_error(std::string("fedlora::") + name + ": " + error.what());
+// The first N results: one alone, several as a tuple.
+template <size_t N>
+auto returned(const Tensors& results) {
+  if constexpr (N == 1) {
+    return results[0];
+  } else {
+    return [&]<size_t... I>(std::index_sequence<I...>) {
+      return std::tuple(results[I]...);
+    }(std::make_index_sequence<N>());
   }
-  return [&]<size_t... I>(std::index_sequence<I...>) {
-    return std::tuple(results[I]...);
-  }(std::make_index_sequence<N>());
 }
 
-using Two = std::tuple<Tensor, Tensor>;
-using Three = std::tuple<Tensor, Tensor, Tensor>;
-using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+template <size_t N>
+struct Name {
+  constexpr Name(const char (&literal)[N]) { std::copy_n(literal, N, text); }
+  char text[N];
+};
 
-Tensor gram(const Tensor& x, bool rows, std::string_view precision) {
-  return std::get<0>(results_of<1>("gram", operators::gram, x, rows, precision));
-}
+// An operator as torch calls it, its signature deduced; N is how many results its schema has.
+// Mistakes become RuntimeErrors that name the operator.
+template <Name name, auto run, size_t N, class = decltype(run)>
+struct Kernel;
 
-Tensor gram_list(const Tensors& x, int64_t modules, bool rows, std::string_view precision) {
-  return std::get<0>(results_of<1>("gram_list", operators::gram_list, x, modules, rows, precision));
-}
-
-Five spectrum(const Tensor& gram_b, const Tensor& gram_a, const Tensor& scale, double energy,
-              MaxRank max_rank) {
-  return results_of<5>("spectrum", operators::spectrum, gram_b, gram_a, scale, energy, max_rank);
-}
-
-Tensor select_rank(const Tensor& sigma, const Tensor& total_energy, double energy,
-                   MaxRank max_rank) {
-  return std::get<0>(
-      results_of<1>("select_rank", operators::select_rank, sigma, total_energy, energy, max_rank));
-}
-
-Three surrogate(const Tensor& gram_b, const Tensor& gram_a, const Tensor& weights,
-                const Tensor& scale, int64_t max_sweeps, double tol) {
-  return results_of<3>("surrogate", operators::surrogate, gram_b, gram_a, weights, scale,
-                       max_sweeps, tol);
-}
-
-Two combine(const Tensor& b, const Tensor& a, const Tensor& x, const Tensor& y) {
-  return results_of<2>("combine", operators::combine, b, a, x, y);
-}
-
-Two combine_list(const Tensors& b, const Tensors& a, const Tensor& x, const Tensor& y) {
-  return results_of<2>("combine_list", operators::combine_list, b, a, x, y);
-}
-
-Tensor weighted_sum(const Tensor& stacked, const Tensor& weights) {
-  return std::get<0>(results_of<1>("weighted_sum", operators::weighted_sum, stacked, weights));
-}
-
-Tensor weighted_sum_list(const Tensors& factors, const Tensor& weights) {
-  return std::get<0>(
-      results_of<1>("weighted_sum_list", operators::weighted_sum_list, factors, weights));
-}
-
-Four stacked_svd(const Tensor& b, const Tensor& a, const Tensor& scale, double energy,
-                 MaxRank max_rank, std::string_view precision) {
-  return results_of<4>("stacked_svd", operators::stacked_svd, b, a, scale, energy, max_rank,
-                       precision);
-}
-
-Four stacked_svd_list(const Tensors& b, const Tensors& a, const Tensor& scale, double energy,
-                      MaxRank max_rank, std::string_view precision) {
-  return results_of<4>("stacked_svd_list", operators::stacked_svd_list, b, a, scale, energy,
-                       max_rank, precision);
-}
-
-Five flora_na(const Tensor& b, const Tensor& a, const Tensor& weights, const Tensor& scale,
-              std::string_view precision) {
-  return results_of<5>("flora_na", operators::flora_na, b, a, weights, scale, precision);
-}
-
-Five flora_na_list(const Tensors& b, const Tensors& a, const Tensor& weights, const Tensor& scale,
-                   std::string_view precision) {
-  return results_of<5>("flora_na_list", operators::flora_na_list, b, a, weights, scale, precision);
-}
+template <Name name, auto run, size_t N, class... T>
+struct Kernel<name, run, N, void (*)(const Host&, T...)> {
+  static auto call(typename Argument<std::decay_t<T>>::Handed... arguments) {
+    Tensors results;
+    try {
+      const Place place(arguments...);
+      Host host = {
+          [&](Scalar scalar, const Sizes& sizes) {
+            results.push_back(torch::stable::empty({sizes.data(), sizes.size()}, type_of(scalar),
+                                                   std::nullopt, place.device()));
+            Array array = array_of(results.back());
+            array.data = results.back().mutable_data_ptr();
+            return array;
+          },
+          static_cast<int>(torch::stable::get_num_threads())};
+#if defined(FEDLORA_CUDA) || defined(FEDLORA_EMULATED)
+      const TorchDevice device(place.device());
+      host.device = device.memory();
+#endif
+      run(host, taken(arguments)...);
+    } catch (const std::exception& error) {
+      throw std::runtime_error(std::string("fedlora::") + name.text + ": " + error.what());
+    }
+    return returned<N>(results);
+  }
+};
 
 }  // namespace
 }  // namespace fedlora
 
+// A row: the operator's name and how many results it has.
+#define FEDLORA_OPERATOR(name, results) \
+  m.impl(#name, TORCH_BOX((&fedlora::Kernel<#name, fedlora::operators::name, results>::call)))
+
 STABLE_TORCH_LIBRARY_IMPL(fedlora, FEDLORA_KEY, m) {
-  m.impl("gram", TORCH_BOX(&fedlora::gram));
-  m.impl("gram_list", TORCH_BOX(&fedlora::gram_list));
-  m.impl("spectrum", TORCH_BOX(&fedlora::spectrum));
-  m.impl("select_rank", TORCH_BOX(&fedlora::select_rank));
-  m.impl("surrogate", TORCH_BOX(&fedlora::surrogate));
-  m.impl("combine", TORCH_BOX(&fedlora::combine));
-  m.impl("combine_list", TORCH_BOX(&fedlora::combine_list));
-  m.impl("weighted_sum", TORCH_BOX(&fedlora::weighted_sum));
-  m.impl("weighted_sum_list", TORCH_BOX(&fedlora::weighted_sum_list));
-  m.impl("stacked_svd", TORCH_BOX(&fedlora::stacked_svd));
-  m.impl("stacked_svd_list", TORCH_BOX(&fedlora::stacked_svd_list));
-  m.impl("flora_na", TORCH_BOX(&fedlora::flora_na));
-  m.impl("flora_na_list", TORCH_BOX(&fedlora::flora_na_list));
+  FEDLORA_OPERATOR(gram, 1);
+  FEDLORA_OPERATOR(gram_list, 1);
+  FEDLORA_OPERATOR(spectrum, 5);
+  FEDLORA_OPERATOR(select_rank, 1);
+  FEDLORA_OPERATOR(surrogate, 3);
+  FEDLORA_OPERATOR(combine, 2);
+  FEDLORA_OPERATOR(combine_list, 2);
+  FEDLORA_OPERATOR(weighted_sum, 1);
+  FEDLORA_OPERATOR(weighted_sum_list, 1);
+  FEDLORA_OPERATOR(stacked_svd, 4);
+  FEDLORA_OPERATOR(stacked_svd_list, 4);
+  FEDLORA_OPERATOR(flora_na, 5);
+  FEDLORA_OPERATOR(flora_na_list, 5);
 }

@@ -10,12 +10,12 @@ import sys
 import click
 
 from fedlora_kernels import __version__
-from fedlora_kernels.cli.aggregate import aggregate
-from fedlora_kernels.cli.bench import bench
-from fedlora_kernels.cli.doctor import doctor
-from fedlora_kernels.cli.inspect import inspect
+from fedlora_kernels.cli.aggregate import aggregate as aggregate_command
+from fedlora_kernels.cli.bench import bench as bench_command
+from fedlora_kernels.cli.doctor import doctor as doctor_command
+from fedlora_kernels.cli.inspect import inspect as inspect_command
 from fedlora_kernels.cli.program import Program
-from fedlora_kernels.cli.rules import rules
+from fedlora_kernels.cli.rules import rules as rules_command
 
 
 @click.group(
@@ -32,7 +32,7 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (aggregate, inspect, rules, doctor, bench):
+for command in (aggregate_command, inspect_command, rules_command, doctor_command, bench_command):
     app.add_command(command)
 
 

@@ -11,7 +11,8 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from fedlora_kernels import folder
+from fedlora_kernels import rules
+from fedlora_kernels.adapters import folder
 from fedlora_kernels.cli import screen
 from fedlora_kernels.cli.program import BadInput, bad_input, require_torch, require_writable
 from fedlora_kernels.cli.rule_options import NUMBERS, RuleCommand, given, numbers
@@ -19,8 +20,8 @@ from fedlora_kernels.cli.rule_options import NUMBERS, RuleCommand, given, number
 if TYPE_CHECKING:
     import torch
 
-    from fedlora_kernels.aggregate import Aggregation
-    from fedlora_kernels.report import CurvePoint, ModuleReport, Report
+    from fedlora_kernels._aggregation import Aggregation
+    from fedlora_kernels.gram_space.report import CurvePoint, ModuleReport, Report
 
 # More modules than this are summed up by projection unless --modules asks for all.
 _ROWS = 16
@@ -38,7 +39,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 )
 @click.option(
     "--rule",
-    default="florist",
+    default=rules.preferred(),
     metavar="NAME",
     help="Aggregation rule, see `fedlora rules`.",
 )
@@ -73,8 +74,8 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 @click.option(
     "--heads",
     type=click.Choice(["average", "local"]),
-    help="Tensors beside the factors: averaged, or left with their clients; local for fedsa, "
-    "average otherwise.",
+    help="Tensors beside the factors: averaged, or left with their clients; local by default where "
+    "clients keep models of their own, else average.",
 )
 @click.option("--modules", is_flag=True, help="List every module, however many there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
@@ -167,7 +168,7 @@ def _call(
 ) -> "Aggregation":
     import torch
 
-    from fedlora_kernels.aggregate import aggregate as combine
+    from fedlora_kernels._aggregate import aggregate as combine
 
     chosen = None if dtype is None else getattr(torch, dtype)
     return combine(adapters, dtype=chosen, **rest, **options)
@@ -234,7 +235,7 @@ def _by_module(report: "Report") -> Table:
 
 
 def _by_projection(report: "Report") -> Table:
-    from fedlora_kernels.inspection import projection_names
+    from fedlora_kernels._inspect import projection_names
 
     groups: dict[str, list[ModuleReport]] = {}
     for module, name in projection_names(report).items():

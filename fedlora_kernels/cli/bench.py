@@ -1,10 +1,16 @@
-"""`fedlora bench`: this library beside what a user would run instead, on this machine."""
+"""`fedlora bench`: this library beside what a user would run instead, on this machine.
 
+The benchmarks are part of the source checkout, not of the package.
+"""
+
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import click
 
-from fedlora_kernels.cli.program import require_torch
+import fedlora_kernels
+from fedlora_kernels.cli.program import BadInput, require_torch
 
 
 @click.command
@@ -23,8 +29,19 @@ from fedlora_kernels.cli.program import require_torch
 def bench(
     context: click.Context, short: bool, device: str | None, threads: int | None, out: Path | None
 ) -> None:
-    """Time every stage and its peers on the same inputs; outputs are checked before a number."""
-    require_torch()
-    from fedlora_kernels.bench import main
+    """Time every stage beside its peers on the same inputs; needs a source checkout.
 
-    context.exit(main(short, device=device, threads=threads, out=out))
+    Outputs are checked before a time is reported. `python -m benchmarks.run --list` names more.
+    """
+    require_torch()
+    checkout = Path(fedlora_kernels.__file__).parents[1]
+    if not (checkout / "benchmarks" / "suites" / "short.py").is_file():
+        raise BadInput(
+            "fedlora bench needs a source checkout of fedlora_kernels; this installation has no "
+            "benchmarks/"
+        )
+    sys.path.insert(0, str(checkout))
+    arguments = ["--suite", "short" if short else "long", "--device", device or "cpu"]
+    arguments += ["--threads", str(threads)] if threads else []
+    arguments += ["--results", str(out)] if out else []
+    context.exit(import_module("benchmarks.run").main(arguments))

@@ -3,14 +3,12 @@
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import click
 from rich.table import Table
 from rich.text import Text
 
 from fedlora_kernels import __version__
-from fedlora_kernels.backend import backend, backends
 from fedlora_kernels.cli import screen
 
 # The factors are float64, so an aggregate at full energy is right to rounding.
@@ -20,6 +18,8 @@ _TOLERANCE = 1e-12
 @click.command
 def doctor() -> None:
     """Report the installation and run one small aggregation."""
+    from fedlora_kernels.backends import backend, ordered
+
     console = screen.out()
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts():
@@ -33,7 +33,7 @@ def doctor() -> None:
     except RuntimeError as error:  # FEDLORA_BACKEND names one that cannot serve
         active = ""
         console.print(Text(str(error)), soft_wrap=True)
-    for candidate in backends():
+    for candidate in ordered():
         serves = "active" if candidate.name == active else "yes" if candidate.serves else "no"
         table.add_row(Text(candidate.name), serves, Text(candidate.reason))
     screen.show(console, table)
@@ -69,6 +69,8 @@ def _has_torch() -> bool:
 
 
 def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -127,8 +129,9 @@ def _self_check(device: str) -> float:
     """The relative error of FLoRIST at full energy for two small clients of different ranks."""
     import torch
 
-    from fedlora_kernels.adapter import Adapter
-    from fedlora_kernels.aggregate import aggregate
+    from fedlora_kernels._aggregate import aggregate
+    from fedlora_kernels.adapters.adapter import Adapter
+    from fedlora_kernels.rules import preferred
 
     generator = torch.Generator().manual_seed(0)
     clients = []
@@ -140,6 +143,6 @@ def _self_check(device: str) -> float:
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": 4}
         double = {key: tensor.double() for key, tensor in state.items()}
         clients.append(Adapter.from_state_dict(double, config))
-    result = aggregate(clients, rule="florist", energy=1.0, weights=[3, 1], device=device)
+    result = aggregate(clients, rule=preferred(), energy=1.0, weights=[3, 1], device=device)
     ideal = 0.75 * clients[0].delta("layer") + 0.25 * clients[1].delta("layer")
     return float((result.adapter.delta("layer").cpu() - ideal).norm() / ideal.norm())

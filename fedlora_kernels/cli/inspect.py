@@ -14,7 +14,7 @@ from fedlora_kernels.cli.program import bad_input, require_torch
 from fedlora_kernels.cli.rule_options import NUMBERS, numbers
 
 if TYPE_CHECKING:
-    from fedlora_kernels.inspection import Inspection, ModuleSpectrum
+    from fedlora_kernels._inspect import Inspection, ModuleSpectrum
 
 # The similarity of more clients than this is summed up instead of printed as a matrix.
 _MATRIX = 12
@@ -55,8 +55,8 @@ def inspect(
     updates over all modules.
     """
     require_torch()
-    from fedlora_kernels.inspection import ENERGIES
-    from fedlora_kernels.inspection import inspect as look
+    from fedlora_kernels._inspect import ENERGIES
+    from fedlora_kernels._inspect import inspect as look
 
     if plot is not None:
         _refuse_plot(plot)

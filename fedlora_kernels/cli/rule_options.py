@@ -1,20 +1,20 @@
-"""The rules' options as flags: each keyword argument of a rule's `solve` is one.
+"""The rules' options as flags: each field of a rule that is an option is one.
 
-A new rule's options appear here without a change: `max_rank: int | None = None` becomes
-`--max-rank INTEGER`, a bool `--name/--no-name`, a sequence of numbers `0.8,0.9`. The help comes
-from the Args section of solve's docstring.
+A new rule's options appear here without a change: `max_rank: int | None` becomes
+`--max-rank INTEGER`, a bool `--name/--no-name`, a sequence of numbers `0.8,0.9`. The help is the
+option's own.
 """
 
-import inspect
-import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
-from fedlora_kernels.cli.program import BadInput, require_torch
+from fedlora_kernels import rules
+from fedlora_kernels.cli.program import BadInput
+from fedlora_kernels.rules import Option
 
 NUMBERS = "NUMBER,NUMBER,..."
 _GIVEN = "fedlora_kernels.rule_options"
@@ -37,14 +37,6 @@ class RuleCommand(click.Command):
                 with formatter.section(title):
                     formatter.write_dl(rows)
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Without torch no rule's option is known, which is then the thing to say."""
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption:
-            require_torch()
-            raise
-
     def invoke(self, ctx: click.Context) -> Any:
         """Hand the rules' options over beside the command's parameters."""
         values = {str(option.name): ctx.params.pop(str(option.name)) for option in rule_options()}
@@ -58,19 +50,17 @@ def given(context: click.Context, rule: str) -> dict[str, Any]:
     Raises:
         BadInput: there is no such rule, or it lacks one of the options.
     """
-    from fedlora_kernels.rules import rules
-
-    known = rules()
-    if rule not in known:
-        raise BadInput(f"unknown rule {rule!r}; expected one of {', '.join(known)}")
+    try:
+        own = rules.find(rule).options()
+    except ValueError as error:
+        raise BadInput(str(error)) from None
     options: dict[str, Any] = context.meta[_GIVEN]
     for name in options:
-        if name not in known[rule].options:
-            owners = ", ".join(other for other in known if name in known[other].options)
-            own = ", ".join(map(flag, known[rule].options)) or "none"
+        if name not in own:
+            owners = ", ".join(_owners()[name])
             raise BadInput(
                 f"rule {rule!r} has no option {flag(name)} (it belongs to {owners}); its options: "
-                f"{own}"
+                f"{', '.join(map(flag, own)) or 'none'}"
             )
     return options
 
@@ -79,15 +69,15 @@ def numbers(text: str, kind: Callable[[str], float] = float) -> tuple[float, ...
     """Comma-separated numbers as a tuple.
 
     Raises:
-        click.BadParameter: a part is no number; click adds the option's name.
+        click.BadParameter: a part is not a number; click adds the option's name.
     """
     found = []
     for part in text.split(","):
         try:
             found.append(kind(part))
         except ValueError:
-            what = "integer" if kind is int else "number"
-            raise click.BadParameter(f"{part.strip()!r} in {text!r} is no {what}") from None
+            what = "an integer" if kind is int else "a number"
+            raise click.BadParameter(f"{part.strip()!r} in {text!r} is not {what}") from None
     return tuple(found)
 
 
@@ -101,37 +91,34 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _owners() -> dict[str, dict[str, Option]]:
+    """Option name -> rule name -> the option, over all rules."""
+    owners: dict[str, dict[str, Option]] = {}
+    for rule in rules.names():
+        for name, item in rules.find(rule).options().items():
+            owners.setdefault(name, {})[rule] = item
+    return owners
+
+
 @cache
 def rule_options() -> tuple[click.Option, ...]:
-    """One flag per option name over all rules; none where torch, and so the registry, is missing.
+    """One flag per option name over all rules.
 
     Raises:
         TypeError: two rules give one name to options of different types.
     """
-    try:
-        from fedlora_kernels.rules import rules
-    except ImportError:
-        return ()
-    owners: dict[str, list[str]] = {}
-    for rule in rules().values():
-        for name in rule.options:
-            owners.setdefault(name, []).append(rule.name)
-    return tuple(_option(name, names) for name, names in owners.items())
+    return tuple(_option(name, owners) for name, owners in _owners().items())
 
 
-def _option(name: str, owners: Sequence[str]) -> click.Option:
-    from fedlora_kernels.rules import rules
-
-    known = rules()
-    annotations = [get_type_hints(known[owner].solve)[name] for owner in owners]
-    kinds = [_without_none(annotation) for annotation in annotations]
+def _option(name: str, owners: dict[str, Option]) -> click.Option:
+    kinds = [_without_none(item.kind) for item in owners.values()]
     if any(kind != kinds[0] for kind in kinds):
         raise TypeError(f"option {name!r} has different types in {', '.join(owners)}: {kinds}")
     texts: dict[str, list[str]] = {}
     defaults: dict[str, list[str]] = {}
-    for owner in owners:
-        texts.setdefault(described(known[owner].solve, name), []).append(owner)
-        defaults.setdefault(_default(known[owner].options[name].default), []).append(owner)
+    for owner, item in owners.items():
+        texts.setdefault(item.help, []).append(owner)
+        defaults.setdefault(_default(item.default), []).append(owner)
     text = "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
     for value, names in defaults.items():
         if value:
@@ -169,11 +156,4 @@ def _click_type(kind: Any) -> Any:
 
 
 def _default(value: object) -> str:
-    return "" if value is None or value == () or value is inspect.Parameter.empty else str(value)
-
-
-def described(function: Callable[..., object], name: str) -> str:
-    """What the Args section of a docstring says of an argument, on one line."""
-    text = inspect.getdoc(function) or ""
-    found = re.search(rf"^    {re.escape(name)}: (.*(?:\n {{5,}}\S.*)*)", text, re.MULTILINE)
-    return " ".join(found[1].split()).rstrip(".") if found else ""
+    return "" if value is None or value == () else str(value)

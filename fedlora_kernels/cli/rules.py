@@ -3,22 +3,23 @@
 import click
 from rich.text import Text
 
+from fedlora_kernels import rules as registry
 from fedlora_kernels.cli import screen
-from fedlora_kernels.cli.program import require_torch
 from fedlora_kernels.cli.rule_options import flag
 
 
 @click.command
-def rules() -> None:
+@click.option("--markdown", is_flag=True, help="Print the table of the README.")
+def rules(markdown: bool) -> None:
     """List the aggregation rules."""
-    require_torch()
-    from fedlora_kernels.rules import rules as registry
-
+    if markdown:
+        click.echo(as_markdown())
+        return
     console = screen.out()
     wide = console.width >= screen.NARROW
     names = ["rule", "title", "arXiv"] if wide else ["rule"]
-    table = screen.table(*names, "travels", "exact", "ranks", "after", "options")
-    for rule in registry().values():
+    table = screen.table(*names, "travels", "global update", "ranks", "after", "options")
+    for rule in map(registry.find, registry.names()):
         name = Text(rule.name, style="bold")
         paper = Text(rule.paper, style=f"link https://arxiv.org/abs/{rule.paper}")
         table.add_row(
@@ -27,8 +28,27 @@ def rules() -> None:
             Text(rule.exact),
             Text("any" if rule.heterogeneous else "equal"),
             Text(rule.after),
-            Text((" " if wide else "\n").join(map(flag, rule.options)) or "-"),
+            Text((" " if wide else "\n").join(map(flag, rule.options())) or "-"),
         )
     for column in table.columns:
         column.no_wrap = column.header in ("rule", "arXiv", "ranks", "after")
     screen.show(console, table)
+
+
+def as_markdown() -> str:
+    """The README's table of all rules."""
+    heads = ("`rule=`", "paper", "what travels", "global update", "different ranks",
+             "next round starts from")  # fmt: skip
+    lines = [heads, ("---",) * len(heads)]
+    for rule in map(registry.find, registry.names()):
+        lines.append(
+            (
+                f"`{rule.name}`",
+                f"{rule.title}, [{rule.paper}](https://arxiv.org/abs/{rule.paper})",
+                rule.travels,
+                rule.exact,
+                "yes" if rule.heterogeneous else "no",
+                {"continue": "the global adapter", "merge": "the base, merged"}[rule.after],
+            )
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -23,7 +23,7 @@ from rich.text import Text
 from fedlora_kernels.cli.program import bad_input
 
 if TYPE_CHECKING:
-    from fedlora_kernels.adapter import Adapter
+    from fedlora_kernels.adapters.adapter import Adapter
 
 # Tables that go into a file or a pipe are as wide as they need to be.
 _WIDE = 200
@@ -64,7 +64,7 @@ def load(paths: Sequence[str]) -> list["Adapter"]:
     Raises:
         BadInput: a folder cannot be read as an adapter.
     """
-    from fedlora_kernels.adapter import Adapter
+    from fedlora_kernels.adapters.adapter import Adapter
 
     columns = (
         TextColumn("{task.description}"),

@@ -3,22 +3,22 @@
     gram -> spectrum + select_rank | surrogate | nothing -> combine | weighted_sum
 
 Every operator takes a whole batch of L modules of one shape. The faces raise ValueError or
-TypeError on bad arguments; the raw operators raise RuntimeError with the same text.
+TypeError on bad arguments; the raw operators raise RuntimeError with the same text. Importing this
+package registers the operators, with the implementations of the backend in use.
+
+A new operator is its own file, which puts it into the table ``OPERATORS``, and its name below.
 """
 
-from fedlora_kernels import triton
-from fedlora_kernels.backend import backend
-from fedlora_kernels.ops.combine import combine, combine_list
-from fedlora_kernels.ops.flora_na import flora_na, flora_na_list
-from fedlora_kernels.ops.gram import gram, gram_list
-from fedlora_kernels.ops.rank import select_rank
-from fedlora_kernels.ops.spectrum import spectrum
-from fedlora_kernels.ops.stacked_svd import stacked_svd, stacked_svd_list
-from fedlora_kernels.ops.surrogate import surrogate
-from fedlora_kernels.ops.weighted_sum import weighted_sum, weighted_sum_list
-
-if backend() == "triton":
-    triton.register()
+from fedlora_kernels import backends
+from fedlora_kernels.ops._combine import combine, combine_list
+from fedlora_kernels.ops._flora_na import flora_na, flora_na_list
+from fedlora_kernels.ops._gram import gram, gram_list
+from fedlora_kernels.ops._rank import select_rank
+from fedlora_kernels.ops._spectrum import spectrum
+from fedlora_kernels.ops._stacked_svd import stacked_svd, stacked_svd_list
+from fedlora_kernels.ops._surrogate import surrogate
+from fedlora_kernels.ops._weighted_sum import weighted_sum, weighted_sum_list
+from fedlora_kernels.ops.operator import OPERATORS
 
 __all__ = [
     "combine",
@@ -35,3 +35,5 @@ __all__ = [
     "weighted_sum",
     "weighted_sum_list",
 ]
+
+backends.activate(OPERATORS)

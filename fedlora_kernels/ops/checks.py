@@ -48,6 +48,14 @@ def sizes(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
         )
 
 
+def equal_sizes(name: str, tensors: Sequence[Tensor]) -> None:
+    """Tensors of one shape."""
+    expected = tensors[0].shape
+    for index, tensor in enumerate(tensors):
+        if tensor.shape != expected:
+            sizes(f"{name}[{index}]", tensor, expected)
+
+
 def shape(tensor: Tensor) -> list[int]:
     """A tensor's shape as a message shows it."""
     return [int(size) for size in tensor.shape]

@@ -7,14 +7,14 @@ no arguments (the operators' Python faces do) and loop over modules in Python wh
 """
 
 from fedlora_kernels.reference import rules
-from fedlora_kernels.reference.combine import combine
-from fedlora_kernels.reference.flora_na import flora_na
-from fedlora_kernels.reference.gram import gram
-from fedlora_kernels.reference.rank import select_rank
-from fedlora_kernels.reference.spectrum import spectrum
-from fedlora_kernels.reference.stacked_svd import stacked_svd
-from fedlora_kernels.reference.surrogate import surrogate
-from fedlora_kernels.reference.weighted_sum import weighted_sum
+from fedlora_kernels.reference._combine import combine
+from fedlora_kernels.reference._flora_na import flora_na
+from fedlora_kernels.reference._gram import gram
+from fedlora_kernels.reference._rank import select_rank
+from fedlora_kernels.reference._spectrum import spectrum
+from fedlora_kernels.reference._stacked_svd import stacked_svd
+from fedlora_kernels.reference._surrogate import surrogate
+from fedlora_kernels.reference._weighted_sum import weighted_sum
 
 __all__ = [
     "combine",

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fedlora_kernels.reference.rank import select_rank
-from fedlora_kernels.reference.surrogate import surrogate
+from fedlora_kernels.reference._rank import select_rank
+from fedlora_kernels.reference._surrogate import surrogate
 
 Factors = Sequence[torch.Tensor]
 Numbers = Sequence[float]

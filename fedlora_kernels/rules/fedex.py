@@ -2,62 +2,72 @@
 
     residual = dW - s B_mean A_mean = B E A    with E = D - s X Y
 
-The clients go on from the averages and merge the residual, kept in factored form (rank <= R, or
+The clients continue from the averages and merge the residual, kept in factored form (rank <= R, or
 truncated by its SVD), into their base. Exact when not truncated.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+from fedlora_kernels.rules._rule import Rule, at_least_one, option
 
-from fedlora_kernels import ops
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.rules.fedit import mean
-from fedlora_kernels.rules.rule import Rule
-from fedlora_kernels.rules.solution import Mixture, Product, Solution, leading
-
-
-def solve(grams: Sequence[Grams], *, residual_rank: int | None = None) -> list[Solution]:
-    """The averages and the residual.
-
-    Args:
-        grams: one per batch.
-        residual_rank: truncate the residual to this rank; the whole residual when None.
-
-    Raises:
-        AdapterError: clients' ranks differ; names the client and the module.
-        ValueError: residual_rank is under 1.
-    """
-    if residual_rank is not None and residual_rank < 1:
-        raise ValueError(f"residual_rank must be at least 1, found {residual_rank}")
-    solutions = []
-    for batch in grams:
-        averages = mean(batch, "fedex")
-        solutions.append(Solution(averages, _residual(batch, averages, residual_rank)))
-    return solutions
+if TYPE_CHECKING:
+    from fedlora_kernels.gram_space.coefficients import Mixture, Product, Solution
+    from fedlora_kernels.gram_space.grams import Grams
 
 
-def _residual(grams: Grams, averages: Mixture, rank: int | None) -> Product:
-    gap = torch.diag_embed(grams.scale) - averages.x @ averages.y
-    identity = torch.eye(gap.shape[1], dtype=gap.dtype, device=gap.device).expand_as(gap)
-    if rank is None:
-        full = torch.full((gap.shape[0],), gap.shape[1], device=gap.device)
-        return Product(identity, gap, full)
-    # The residual is B (E A): the same factorisation with E A in the place of A.
-    ones = torch.ones_like(grams.scale)
-    _, _, left, right, _ = ops.spectrum(grams.b, gap @ grams.a @ gap.mT, ones)
-    ranks = torch.full((gap.shape[0],), min(rank, grams.full_rank), device=gap.device)
-    return leading(left, right @ gap, ranks)
+@dataclass(frozen=True)
+class FedEx(Rule):
+    """The averages and the residual."""
 
+    title = "FedEx-LoRA"
+    paper = "2410.09432"
+    exact = "exact, with its residual"
+    is_exact = True
+    after = "merge"
+    bounded = True
 
-RULE = Rule(
-    name="fedex",
-    title="FedEx-LoRA",
-    paper="2410.09432",
-    solve=solve,
-    travels="A and B",
-    exact="yes, with its residual",
-    is_exact=True,
-    heterogeneous=False,
-    after="merge",
-)
+    residual_rank: int | None = option(
+        None, "truncate the residual to this rank; the whole residual when None"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: residual_rank is under 1."""
+        at_least_one(residual_rank=self.residual_rank)
+
+    def solve(self, grams: Grams) -> Solution:
+        """The means of both factors, and what is missing to the ideal update.
+
+        Raises:
+            AdapterError: clients' ranks differ; names the client and the module.
+        """
+        from fedlora_kernels.gram_space.coefficients import Solution, mean
+
+        self.equal_rank(grams)
+        averages = mean(grams)
+        return Solution(averages, self._residual(grams, averages))
+
+    def _residual(self, grams: Grams, averages: Mixture) -> Product:
+        import torch
+
+        from fedlora_kernels import ops
+        from fedlora_kernels.gram_space.coefficients import Product, leading
+
+        gap = torch.diag_embed(grams.scale) - averages.x @ averages.y
+        if self.residual_rank is None:
+            identity = torch.eye(gap.shape[1], dtype=gap.dtype, device=gap.device)
+            return Product(identity.expand_as(gap), gap, grams.same_rank(gap.shape[1]))
+        # The residual is B (E A): the same factorization with E A in the place of A.
+        ones = torch.ones_like(grams.scale)
+        _, _, left, right, _ = ops.spectrum(grams.b, gap @ grams.a @ gap.mT, ones)
+        ranks = grams.same_rank(min(self.residual_rank, grams.full_rank))
+        return leading(left, right @ gap, ranks)
+
+    def widest(self, ranks: Sequence[int], size: tuple[int, int]) -> int:
+        """The averages' rank and the residual's: r + R, or r + residual_rank where that is less."""
+        stacked = sum(ranks)
+        whole = min(self.residual_rank, stacked, *size) if self.residual_rank else stacked
+        return max(ranks) + whole

@@ -6,40 +6,34 @@ Not exact: the product of means is not the mean of products. Its error is the re
 rules exist.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.rules.rule import Rule, equal_rank
-from fedlora_kernels.rules.solution import Mixture, Solution, common_scaling
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from fedlora_kernels.rules._rule import Rule
 
-def solve(grams: Sequence[Grams]) -> list[Solution]:
-    """The averages. A client without a module counts as B = 0, so only B's weights shrink.
-
-    Raises:
-        AdapterError: clients' ranks differ; names the client and the module.
-    """
-    return [Solution(mean(batch, "fedit")) for batch in grams]
+if TYPE_CHECKING:
+    from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.grams import Grams
 
 
-def mean(grams: Grams, rule: str) -> Mixture:
-    """The weighted mean of both factors, different scalings folded into B."""
-    rank = equal_rank(grams, rule)
-    scaling, folded = common_scaling(grams)
-    total = grams.weights.sum()
-    p = grams.weights / total if total > 0 else grams.weights
-    return Mixture(
-        q=grams.weights * folded, p=p.expand_as(folded).contiguous(), scaling=scaling, rank=rank
-    )
+@dataclass(frozen=True)
+class FedIT(Rule):
+    """The averages. A client without a module counts as B = 0, so only B's weights shrink."""
 
+    title = "FedIT"
+    paper = "2305.05644"
+    exact = "product of means, not exact"
+    separable = True
 
-RULE = Rule(
-    name="fedit",
-    title="FedIT",
-    paper="2305.05644",
-    solve=solve,
-    travels="A and B",
-    exact="no",
-    is_exact=False,
-    heterogeneous=False,
-)
+    def solve(self, grams: Grams) -> Solution:
+        """The weighted means of both factors.
+
+        Raises:
+            AdapterError: clients' ranks differ; names the client and the module.
+        """
+        from fedlora_kernels.gram_space.coefficients import Solution, mean
+
+        self.equal_rank(grams)
+        return Solution(mean(grams))

@@ -6,49 +6,64 @@ FedSA-rsLoRA is the same with s = alpha / sqrt(r). FedSA-VeRA shares lambda_d an
 The report compares the clients' mean update, sum_k w_k s_k B_k A, with the ideal one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedlora_kernels.adapter import Adapter
-from fedlora_kernels.factors import AdapterError
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.peft_format import label
-from fedlora_kernels.rules.fedit import mean
-from fedlora_kernels.rules.rule import Rule
-from fedlora_kernels.rules.solution import Solution
+from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.rules._rule import Rule
 
-
-def solve(grams: Sequence[Grams]) -> list[Solution]:
-    """Shared A, and the mean of the B that stay with the clients (for the report only)."""
-    return [Solution(mean(batch, "fedsa")) for batch in grams]
+if TYPE_CHECKING:
+    from fedlora_kernels.adapters.adapter import Adapter
+    from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.grams import Grams
 
 
-def validate(adapters: Sequence[Adapter]) -> None:
-    """VeRA clients share one frozen projection and the shapes of both vectors."""
-    first = adapters[0]
-    for index, adapter in enumerate(adapters):
-        who = label(index, adapter.name)
-        for module in sorted(adapter.vera.keys() ^ first.vera.keys()):
-            raise AdapterError(f"{who}, module {module}: only some clients have this VeRA module")
-        for module, (lambda_b, lambda_d) in adapter.vera.items():
-            expected = [list(vector.shape) for vector in first.vera[module]]
-            found = [list(lambda_b.shape), list(lambda_d.shape)]
-            if found != expected:
+@dataclass(frozen=True)
+class FedSA(Rule):
+    """The shared A; B stays with the clients and is never averaged (but in the report)."""
+
+    title = "FedSA-LoRA"
+    paper = "2410.01463"
+    travels = "A (VeRA: lambda_d)"
+    exact = "personal B, shared A"
+    sends = "a"
+    receives = "own"
+    aggregates = ("LORA", "VERA")
+
+    def solve(self, grams: Grams) -> Solution:
+        """The mean of A, beside the mean of the B that stay with the clients.
+
+        Raises:
+            AdapterError: clients' ranks differ; names the client and the module.
+        """
+        from fedlora_kernels.gram_space.coefficients import Solution, mean
+
+        self.equal_rank(grams)
+        return Solution(mean(grams))
+
+    def validate(self, adapters: Sequence[Adapter]) -> None:
+        """VeRA clients share one frozen projection and the shapes of both vectors.
+
+        Raises:
+            AdapterError: names the client and the module.
+        """
+        from fedlora_kernels.adapters.peft_format import label
+
+        first = adapters[0]
+        for index, adapter in enumerate(adapters):
+            who = label(index, adapter.name)
+            for module in sorted(adapter.vera.keys() ^ first.vera.keys()):
                 raise AdapterError(
-                    f"{who}, module {module}: lambda_b and lambda_d have shapes {found}, expected "
-                    f"{expected} as in {label(0, first.name)}"
+                    f"{who}, module {module}: only some clients have this VeRA module"
                 )
-
-
-RULE = Rule(
-    name="fedsa",
-    title="FedSA-LoRA",
-    paper="2410.01463",
-    solve=solve,
-    travels="A (VeRA: lambda_d)",
-    exact="no (personal B)",
-    is_exact=False,
-    heterogeneous=False,
-    sends="a",
-    receives="own",
-    validate=validate,
-)
+            for module, (lambda_b, lambda_d) in adapter.vera.items():
+                expected = [list(vector.shape) for vector in first.vera[module]]
+                found = [list(lambda_b.shape), list(lambda_d.shape)]
+                if found != expected:
+                    raise AdapterError(
+                        f"{who}, module {module}: lambda_b and lambda_d have shapes {found}, "
+                        f"expected {expected} as in {label(0, first.name)}"
+                    )

@@ -3,62 +3,73 @@
 A = A_1 = ... = A_K        B = sum_k w_k B_k
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.rules._rule import Rule
 
-from fedlora_kernels.adapter import Adapter
-from fedlora_kernels.factors import AdapterError
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.peft_format import label
-from fedlora_kernels.rules.rule import Rule, equal_rank, unequal_rank
-from fedlora_kernels.rules.solution import Mixture, Solution, common_scaling
+if TYPE_CHECKING:
+    from fedlora_kernels.adapters.adapter import Adapter
+    from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.grams import Grams
 
 
-def solve(grams: Sequence[Grams]) -> list[Solution]:
+@dataclass(frozen=True)
+class FFA(Rule):
     """The mean of B beside the common A, bit for bit."""
-    solutions = []
-    for batch in grams:
-        rank = equal_rank(batch, "ffa")
-        scaling, folded = common_scaling(batch)
-        first = torch.zeros_like(folded)
+
+    title = "FFA-LoRA"
+    paper = "2403.12313"
+    travels = "B (A is fixed)"
+    exact = "exact"
+    is_exact = True
+    sends = "b"
+    trains = "b"
+    separable = True
+
+    def solve(self, grams: Grams) -> Solution:
+        """The weighted mean of B, and the first client's A.
+
+        Raises:
+            AdapterError: clients' ranks differ; names the client and the module.
+        """
+        from fedlora_kernels.gram_space.coefficients import Mixture, Solution, common_scaling
+
+        self.equal_rank(grams)
+        scaling, folded = common_scaling(grams)
+        first = folded.new_zeros(folded.shape)
         first[:, 0] = 1
-        solutions.append(Solution(Mixture(batch.weights * folded, first, scaling, rank)))
-    return solutions
+        return Solution(Mixture(grams.weights * folded, first, scaling, grams.ranks[0]))
 
+    def validate(self, adapters: Sequence[Adapter]) -> None:
+        """Refuse clients whose A differs from the first client's (they trained or drew their own).
 
-def validate(adapters: Sequence[Adapter]) -> None:
-    """Refuse clients whose A differs from the first client's (they trained or drew their own)."""
-    first: dict[str, int] = {}
-    pairs = [
-        (index, first.setdefault(module, index), module)
-        for index, adapter in enumerate(adapters)
-        for module in adapter.factors
-    ]
-    names = [label(index, adapter.name) for index, adapter in enumerate(adapters)]
-    for index, owner, module in pairs:
-        rank, common = (adapters[k].factors[module].rank for k in (index, owner))
-        if rank != common:
-            raise unequal_rank("ffa", names[index], module, rank, names[owner], common)
-    for index, owner, module in pairs:
-        a, common_a = (adapters[k].factors[module].a.cpu() for k in (index, owner))
-        if not torch.equal(a, common_a):
-            raise AdapterError(
-                f"{names[index]}, module {module}: A differs from {names[owner]}'s; ffa expects "
-                "one fixed A in all clients (only B is trained)"
-            )
+        Raises:
+            AdapterError: names the client, the module and the client it differs from.
+        """
+        from fedlora_kernels.adapters.peft_format import label
 
+        first: dict[str, int] = {}
+        pairs = [
+            (index, first.setdefault(module, index), module)
+            for index, adapter in enumerate(adapters)
+            for module in adapter.factors
+        ]
 
-RULE = Rule(
-    name="ffa",
-    title="FFA-LoRA",
-    paper="2403.12313",
-    solve=solve,
-    travels="B",
-    exact="yes",
-    is_exact=True,
-    heterogeneous=False,
-    sends="b",
-    trains="b",
-    validate=validate,
-)
+        def who(index: int) -> str:
+            return label(index, adapters[index].name)
+
+        for index, owner, module in pairs:
+            rank, common = (adapters[k].factors[module].rank for k in (index, owner))
+            if rank != common:
+                raise self.unequal_rank(who(index), module, rank, who(owner), common)
+        for index, owner, module in pairs:
+            if not adapters[index].factors[module].same_a(adapters[owner].factors[module]):
+                raise AdapterError(
+                    f"{who(index)}, module {module}: A differs from {who(owner)}'s; ffa expects "
+                    "one fixed A in all clients (only B is trained)"
+                )

@@ -2,47 +2,44 @@
 
     dW = U S V^T        client k receives B = U_r S_r / s_k and A = V_r^T with r = r_k
 
-One factorisation serves every rank; the global adapter has the largest client rank.
+One factorization is enough for every rank; the global adapter has the largest client rank.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.rules.rule import Rule
-from fedlora_kernels.rules.solution import Solution, leading
+from fedlora_kernels.rules._rule import Rule, at_least_one, option
 
-
-def solve(grams: Sequence[Grams], *, rank: int | None = None) -> list[Solution]:
-    """The leading components.
-
-    Args:
-        grams: one per batch.
-        rank: rank of the global adapter; the largest client rank of each module when None.
-
-    Raises:
-        ValueError: rank is under 1.
-    """
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, found {rank}")
-    solutions = []
-    for batch in grams:
-        _, _, left, right = batch.spectrum
-        width = min(max(batch.ranks) if rank is None else rank, batch.full_rank)
-        ranks = torch.full((len(batch.modules),), width, device=left.device)
-        solutions.append(Solution(leading(left, right, ranks)))
-    return solutions
+if TYPE_CHECKING:
+    from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.grams import Grams
 
 
-RULE = Rule(
-    name="flexlora",
-    title="FlexLoRA",
-    paper="2402.11505",
-    solve=solve,
-    travels="A and B",
-    exact="best of its rank",
-    is_exact=False,
-    heterogeneous=True,
-    receives="leading",
-)
+@dataclass(frozen=True)
+class FlexLoRA(Rule):
+    """The leading components, as many as the largest client has ranks."""
+
+    title = "FlexLoRA"
+    paper = "2402.11505"
+    exact = "best of each client's rank"
+    heterogeneous = True
+    receives = "leading"
+
+    rank: int | None = option(
+        None, "rank of the global adapter; the largest client rank of each module when None"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: rank is under 1."""
+        at_least_one(rank=self.rank)
+
+    def solve(self, grams: Grams) -> Solution:
+        """The leading singular components."""
+        from fedlora_kernels.gram_space.coefficients import Solution, leading
+
+        width = min(self.rank or max(grams.ranks), grams.full_rank)
+        found = grams.leading(max_rank=width)
+        ranks = grams.same_rank(width)
+        return Solution(leading(found.left, found.right, ranks), spectrum=found)

@@ -3,26 +3,36 @@
 B = [B_1 | ... | B_K]        A = [w_1 s_1 A_1 ; ... ; w_K s_K A_K]
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.rules.rule import Rule
-from fedlora_kernels.rules.solution import Solution, Stacked
+from fedlora_kernels.rules._rule import Rule
+
+if TYPE_CHECKING:
+    from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.grams import Grams
 
 
-def solve(grams: Sequence[Grams]) -> list[Solution]:
-    """Weights and scalings enter on A's side only."""
-    return [Solution(Stacked(batch.scale)) for batch in grams]
+@dataclass(frozen=True)
+class FLoRA(Rule):
+    """The stack. Weights and scalings enter on A's side only."""
 
+    title = "FLoRA"
+    paper = "2409.05976"
+    exact = "exact, rank R"
+    is_exact = True
+    heterogeneous = True
+    after = "merge"
 
-RULE = Rule(
-    name="flora",
-    title="FLoRA",
-    paper="2409.05976",
-    solve=solve,
-    travels="A and B",
-    exact="yes",
-    is_exact=True,
-    heterogeneous=True,
-    after="merge",
-)
+    def solve(self, grams: Grams) -> Solution:
+        """D as the coefficients of A."""
+        from fedlora_kernels.gram_space.coefficients import Solution, Stacked
+
+        return Solution(Stacked(grams.weights * grams.scalings, grams.batch.owner))
+
+    def widest(self, ranks: Sequence[int], size: tuple[int, int]) -> int:
+        """R = sum_k r_k."""
+        return sum(ranks)

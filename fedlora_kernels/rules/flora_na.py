@@ -6,44 +6,49 @@ The paper leaves the solver open; ours is exact alternating least squares in Gra
 (ops.surrogate), started at FedIT's averages, so the error is never above FedIT's.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from fedlora_kernels import ops
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.rules.rule import Rule, equal_rank
-from fedlora_kernels.rules.solution import Mixture, Solution, common_scaling
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedlora_kernels.rules._rule import Rule, option
+
+if TYPE_CHECKING:
+    from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.grams import Grams
 
 
-def solve(grams: Sequence[Grams], *, max_sweeps: int = 50, tol: float = 1e-12) -> list[Solution]:
-    """The surrogate averages.
+@dataclass(frozen=True)
+class FLoRANA(Rule):
+    """The surrogate averages."""
 
-    Args:
-        grams: one per batch.
-        max_sweeps: at most so many pairs of least-squares steps.
-        tol: stop when a sweep lowers the squared error by no more than tol * ||dW||^2.
+    title = "FLoRA-NA"
+    paper = "2509.26399"
+    exact = "closest pair of averages"
 
-    Raises:
-        AdapterError: clients' ranks differ; names the client and the module.
-        ValueError: max_sweeps or tol is out of range.
-    """
-    solutions = []
-    for batch in grams:
-        rank = equal_rank(batch, "flora_na")
+    max_sweeps: int = option(50, "at most so many pairs of least-squares steps")
+    tol: float = option(
+        1e-12, "stop when a sweep lowers the squared error by no more than tol * ||dW||^2"
+    )
+
+    def solve(self, grams: Grams) -> Solution:
+        """The mixing weights p and q.
+
+        Raises:
+            AdapterError: clients' ranks differ; names the client and the module.
+            ValueError: max_sweeps or tol is out of range.
+        """
+        from fedlora_kernels import ops
+        from fedlora_kernels.gram_space.coefficients import Mixture, Solution, common_scaling
+
+        self.equal_rank(grams)
         p, q, _ = ops.surrogate(
-            batch.b, batch.a, batch.weights, batch.scalings, max_sweeps=max_sweeps, tol=tol
+            grams.b,
+            grams.a,
+            grams.weights,
+            grams.scalings,
+            max_sweeps=self.max_sweeps,
+            tol=self.tol,
         )
-        scaling, folded = common_scaling(batch)
-        solutions.append(Solution(Mixture(q * folded, p, scaling, rank)))
-    return solutions
-
-
-RULE = Rule(
-    name="flora_na",
-    title="FLoRA-NA",
-    paper="2509.26399",
-    solve=solve,
-    travels="A and B",
-    exact="closest average",
-    is_exact=False,
-    heterogeneous=False,
-)
+        scaling, folded = common_scaling(grams)
+        return Solution(Mixture(q * folded, p, scaling, grams.ranks[0]))

@@ -7,114 +7,146 @@ The paper decomposes the stacked B, the stacked A and a core; two Gram matrices 
 eigenproblem give the same factors. Singular values are not shrunk.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, get_args
 
-from fedlora_kernels import ops
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.ops import checks
-from fedlora_kernels.rules.rule import Rule
-from fedlora_kernels.rules.solution import Solution, leading
+from fedlora_kernels.rules._rule import Rule, at_least_one, option
 
-SPLITS = ("b", "balanced", "a")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.grams import Grams, Spectrum
+
+Split = Literal["b", "balanced", "a"]
 
 
-def solve(
-    grams: Sequence[Grams],
-    *,
-    energy: float = 0.9,
-    rank: int | None = None,
-    max_rank: int | None = None,
-    rank_budget: int | None = None,
-    energies: Sequence[float] = (),
-    split: str = "b",
-) -> list[Solution]:
-    """The leading components.
+@dataclass(frozen=True)
+class FLoRIST(Rule):
+    """The leading components, as many as hold a share of each module's energy."""
 
-    Args:
-        grams: one per batch.
-        energy: share of the energy that each module keeps, in (0, 1].
-        rank: a fixed rank instead, capped at min(R, m, n).
-        max_rank: cap on every module's rank.
-        rank_budget: the sum of all modules' ranks instead; spent, largest sigma^2 / (m + n)
-            first, where a parameter buys the most energy (every non-zero module gets one). The
-            Gram matrices of all modules are in memory at once then.
-        energies: more shares to report ranks and errors for, from the same factorisation.
-        split: which factor carries the singular values: "b", "balanced" or "a".
+    title = "FLoRIST"
+    paper = "2506.09199"
+    exact = "best of its rank, rank by energy"
+    heterogeneous = True
+    bounded = True
+    preferred = True
 
-    Raises:
-        ValueError: an option is out of range, or rank and rank_budget are both given.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, found {split!r}")
-    for name, value in (("rank", rank), ("max_rank", max_rank), ("rank_budget", rank_budget)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, found {value}")
-    if rank is not None and rank_budget is not None:
-        raise ValueError("rank and rank_budget cannot both be given")
-    if rank_budget is not None:
-        ranks = _spend(grams, rank_budget, max_rank)
-    else:
-        ranks = [_ranks(batch, energy, rank, max_rank) for batch in grams]
-    return [
-        Solution(
-            leading(*_split(batch, split), ranks=chosen),
-            sweep={share: _ranks(batch, share, None, max_rank) for share in energies},
+    energy: float = option(0.9, "share of the energy that each module keeps, in (0, 1]")
+    rank: int | None = option(None, "a fixed rank instead, capped at min(R, m, n)")
+    max_rank: int | None = option(None, "cap on every module's rank")
+    rank_budget: int | None = option(
+        None,
+        "the sum of all modules' ranks instead; spent, largest sigma^2 / (m + n) first, where a "
+        "parameter buys the most energy (every non-zero module gets one)",
+    )
+    energies: Sequence[float] = option(
+        (), "more shares to report ranks and errors for, from the same factorization"
+    )
+    split: Split = option("b", "which factor carries the singular values: b, balanced or a")
+    spent: Mapping[str, int] | None = field(default=None, repr=False)
+    """module -> the rank that rank_budget came to; set by :meth:`prepared`, no option"""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: an option is out of range, or rank and rank_budget are both given."""
+        if self.split not in get_args(Split):
+            expected = ", ".join(get_args(Split))
+            raise ValueError(f"split must be one of {expected}, found {self.split!r}")
+        at_least_one(rank=self.rank, max_rank=self.max_rank, rank_budget=self.rank_budget)
+        if self.rank is not None and self.rank_budget is not None:
+            raise ValueError("rank and rank_budget cannot both be given")
+        for share in (self.energy, *self.energies):
+            if not 0.0 < share <= 1.0:
+                raise ValueError(f"energy must lie in (0, 1], found {share}")
+
+    def solve(self, grams: Grams) -> Solution:
+        """The leading singular components of each module."""
+        from fedlora_kernels.gram_space.coefficients import Solution, leading
+
+        found = self._spectrum(grams)
+        if self.spent is not None:
+            ranks = found.sigma.new_tensor([self.spent[name] for name in grams.modules]).long()
+        elif self.rank is not None:
+            ranks = grams.same_rank(self._cap(grams))
+        else:
+            ranks = self._at(self.energy, grams, found)
+        return Solution(
+            leading(*self._split(found), ranks=ranks),
+            sweep={share: self._at(share, grams, found) for share in self.energies},
+            spectrum=found,
         )
-        for batch, chosen in zip(grams, ranks, strict=True)
-    ]
 
+    @property
+    def joint(self) -> bool:
+        """One budget for the whole model: its modules compete."""
+        return self.rank_budget is not None
 
-def _ranks(grams: Grams, energy: float, rank: int | None, max_rank: int | None) -> Tensor:
-    sigma, total_energy, _, _ = grams.spectrum
-    cap = min(grams.full_rank, max_rank or grams.full_rank)
-    if rank is not None:
-        return torch.full_like(sigma[:, 0], min(rank, cap), dtype=torch.int64)
-    checks.resolvable(energy, grams.precision)
-    return ops.select_rank(sigma, total_energy, energy, cap)
+    def prepared(self, every: Iterable[Grams]) -> FLoRIST:
+        """The budget spent. Greedy is optimal: within a module the values fall, so each is bought
+        after the last.
 
+        Raises:
+            ValueError: the budget is less than rank 1 for each module whose update is not zero.
+        """
+        import torch
 
-def _spend(grams: Sequence[Grams], budget: int, max_rank: int | None) -> list[Tensor]:
-    """Greedy is optimal: within a module the values fall, so each is bought after the last."""
-    worth, module = [], []
-    offset = 0
-    for batch in grams:
-        sigma = batch.spectrum[0].cpu()[:, : min(batch.full_rank, max_rank or batch.full_rank)]
-        value = sigma.square() / sum(batch.size)
-        value[:, 0] = value[:, 0].where(value[:, 0] == 0, torch.inf)  # at least rank 1
-        worth.append(value.flatten())
-        count = len(batch.modules)
-        module.append((offset + torch.arange(count)).repeat_interleave(value.shape[1]))
-        offset += count
-    values, modules = torch.cat(worth), torch.cat(module)
-    live = int((values == torch.inf).sum())
-    if budget < live:
-        raise ValueError(f"rank_budget {budget} is less than rank 1 for each of {live} modules")
-    order = values.argsort(descending=True, stable=True)[:budget]
-    bought = modules[order[values[order] > 0]].bincount(minlength=offset)
-    parts = bought.split([len(batch.modules) for batch in grams])
-    return [part.to(batch.b.device) for part, batch in zip(parts, grams, strict=True)]
+        assert self.rank_budget is not None
+        worth: list[Tensor] = []
+        owner: list[Tensor] = []
+        modules: list[str] = []
+        for grams in every:
+            sigma = grams.spectrum.sigma[:, : self._cap(grams)].cpu()
+            value = sigma.square() / sum(grams.size)
+            value[:, 0] = value[:, 0].where(value[:, 0] == 0, torch.inf)  # at least rank 1
+            worth.append(value.flatten())
+            places = len(modules) + torch.arange(len(grams.modules))
+            owner.append(places.repeat_interleave(value.shape[1]))
+            modules += grams.modules
+        values, owners = torch.cat(worth), torch.cat(owner)
+        live = int((values == torch.inf).sum())
+        if self.rank_budget < live:
+            raise ValueError(
+                f"rank_budget {self.rank_budget} is less than rank 1 for each of {live} modules"
+            )
+        order = values.argsort(descending=True, stable=True)[: self.rank_budget]
+        bought = owners[order[values[order] > 0]].bincount(minlength=len(modules))
+        return replace(self, spent=dict(zip(modules, bought.tolist(), strict=True)))
 
+    def widest(self, ranks: Sequence[int], size: tuple[int, int]) -> int:
+        """At most min(R, m, n), and no more than rank or max_rank."""
+        caps = [cap for cap in (self.rank, self.max_rank) if cap is not None]
+        return min(sum(ranks), *size, *caps)
 
-def _split(grams: Grams, split: str) -> tuple[Tensor, Tensor]:
-    sigma, _, left, right = grams.spectrum
-    if split == "b":
-        return left, right
-    moved = sigma if split == "a" else sigma.sqrt()
-    inverse = torch.where(moved > 0, 1 / moved, 0)
-    return left * inverse[:, None, :], right * moved[:, :, None]
+    def _cap(self, grams: Grams) -> int:
+        return self.widest(grams.ranks, grams.size)
 
+    def _spectrum(self, grams: Grams) -> Spectrum:
+        """As many singular values as the options ask for."""
+        if self.energies or self.joint:
+            return grams.spectrum
+        if self.rank is not None:
+            return grams.leading(max_rank=self._cap(grams))
+        self._resolvable(self.energy, grams)
+        return grams.leading(self.energy, self._cap(grams))
 
-RULE = Rule(
-    name="florist",
-    title="FLoRIST",
-    paper="2506.09199",
-    solve=solve,
-    travels="A and B",
-    exact="best of its rank",
-    is_exact=False,
-    heterogeneous=True,
-    joint=("rank_budget",),
-)
+    def _at(self, energy: float, grams: Grams, found: Spectrum) -> Tensor:
+        """The ranks at a share of the energy: [L]."""
+        from fedlora_kernels import ops
+
+        self._resolvable(energy, grams)
+        return ops.select_rank(found.sigma, found.total_energy, energy, self._cap(grams))
+
+    def _resolvable(self, energy: float, grams: Grams) -> None:
+        from fedlora_kernels.ops import checks
+
+        checks.resolvable(energy, grams.precision)
+
+    def _split(self, found: Spectrum) -> tuple[Tensor, Tensor]:
+        if self.split == "b":
+            return found.left, found.right
+        moved = found.sigma if self.split == "a" else found.sigma.sqrt()
+        inverse = (1 / moved).where(moved > 0, 0)
+        return found.left * inverse[:, None, :], found.right * moved[:, :, None]

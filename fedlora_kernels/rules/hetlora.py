@@ -5,44 +5,58 @@
 Client k takes the first r_k rows and columns.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedlora_kernels.grams import Grams
-from fedlora_kernels.rules.rule import Rule
-from fedlora_kernels.rules.solution import Product, Solution
+from fedlora_kernels.rules._rule import Rule, option
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def solve(grams: Sequence[Grams], *, norm_weighted: bool = True) -> list[Solution]:
-    """The padded averages.
-
-    Args:
-        grams: one per batch.
-        norm_weighted: weight a client by the norm of its update beside its own weight (the
-            paper's sparsity-weighted aggregation); False is plain zero-padding.
-    """
-    return [Solution(_padded_mean(batch, norm_weighted)) for batch in grams]
+    from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.grams import Grams
 
 
-def _padded_mean(grams: Grams, norm_weighted: bool) -> Product:
-    weights = grams.weights.expand_as(grams.scalings)
-    if norm_weighted:
-        weights = _by_norm(grams, weights)
-    widest = max(grams.ranks)
-    position = torch.cat([torch.arange(rank, device=grams.b.device) for rank in grams.ranks])
-    place = torch.nn.functional.one_hot(position, widest).double()  # [R,p]
-    # Clients without a module count as B = 0: only B's weights sum to less than 1.
-    total = weights.sum(-1, keepdim=True)
-    per_rank_b = (weights * grams.scalings) @ grams.membership.T  # [L,R]
-    per_rank_a = (weights / total.where(total > 0, 1)) @ grams.membership.T
-    ranks = torch.full((len(grams.modules),), widest, device=grams.b.device)
-    return Product(
-        x=per_rank_b[:, :, None] * place,
-        y=(per_rank_a[:, :, None] * place).mT.contiguous(),
-        ranks=ranks,
+@dataclass(frozen=True)
+class HetLoRA(Rule):
+    """The padded averages."""
+
+    title = "HetLoRA"
+    paper = "2401.06432"
+    exact = "padded averages, not exact"
+    heterogeneous = True
+    receives = "leading"
+
+    norm_weighted: bool = option(
+        True,
+        "weight a client by the norm of its update beside its own weight (the paper's "
+        "sparsity-weighted aggregation); False is plain zero-padding",
     )
+
+    def solve(self, grams: Grams) -> Solution:
+        """The coefficients that pad and average."""
+        import torch
+
+        from fedlora_kernels.gram_space.coefficients import Product, Solution
+
+        weights = grams.weights.expand_as(grams.scalings)
+        if self.norm_weighted:
+            weights = _by_norm(grams, weights)
+        widest = max(grams.ranks)
+        position = torch.cat([torch.arange(r, device=weights.device) for r in grams.ranks])
+        place = torch.nn.functional.one_hot(position, widest).double()  # [R,p]
+        # Clients without a module count as B = 0: only B's weights sum to less than 1.
+        total = weights.sum(-1, keepdim=True)
+        per_rank_b = (weights * grams.scalings) @ grams.membership.T  # [L,R]
+        per_rank_a = (weights / total.where(total > 0, 1)) @ grams.membership.T
+        padded = Product(
+            x=per_rank_b[:, :, None] * place,
+            y=(per_rank_a[:, :, None] * place).mT.contiguous(),
+            ranks=grams.same_rank(widest),
+        )
+        return Solution(padded)
 
 
 def _by_norm(grams: Grams, weights: Tensor) -> Tensor:
@@ -52,16 +66,3 @@ def _by_norm(grams: Grams, weights: Tensor) -> Tensor:
     total = weighted.sum(-1, keepdim=True)
     share = weighted / total.where(total > 0, 1) * weights.sum(-1, keepdim=True)
     return share.where(total > 0, weights)
-
-
-RULE = Rule(
-    name="hetlora",
-    title="HetLoRA",
-    paper="2401.06432",
-    solve=solve,
-    travels="A and B",
-    exact="no",
-    is_exact=False,
-    heterogeneous=True,
-    receives="leading",
-)

@@ -4,7 +4,7 @@
     flwr run integration/flower/app CONNECTION --stream      a deployment (docs/flower.md)
 
     server process                                    client process (one per client, or Ray's)
-    compare -> take_through -> FlowerEngine  ------>  ClientApp: what it starts from, what was
+    compare -> run_rounds -> FlowerEngine  ------>  ClientApp: what it starts from, what was
                   aggregation by              train   merged since it was last asked, the settings
                   fedlora_kernels  <--------------->  Client.train, as in the local engine
                                        the update

@@ -17,9 +17,9 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 if TYPE_CHECKING:
-    from integration.federation import Federation
-    from integration.model import Model
-    from integration.trainer import LocalTrainer, Moments
+    from integration.model.model import Model
+    from integration.model.trainer import LocalTrainer, Moments
+    from integration.rounds.federation import Federation
 
 app = ClientApp()
 
@@ -100,9 +100,9 @@ class _Place:
 @lru_cache(maxsize=1)
 def _place(settings: str) -> _Place:
     """Built by the first message of a process; a run has one settings text."""
-    from integration.federation import Federation
+    from integration.model.trainer import LocalTrainer
+    from integration.rounds.federation import Federation
     from integration.settings import from_values
-    from integration.trainer import LocalTrainer
 
     federation = Federation.build(from_values(json.loads(settings), "the round's settings"))
     return _Place(federation, LocalTrainer(federation.model, federation.settings))

@@ -20,15 +20,15 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 import fedlora_kernels as flk
-from integration.client import Client, Update
-from integration.engine import NEW_MOMENTS
-from integration.federation import Federation
 from integration.flower.messages import MessageError, read_tensors, write_adapter
-from integration.packing import unpack
-from integration.partition import participants
-from integration.server import Server
+from integration.model.serialize import deserialize
+from integration.model.trainer import LocalTrainer
+from integration.rounds.client import Client, Update
+from integration.rounds.engine import NEW_MOMENTS
+from integration.rounds.federation import Federation
+from integration.rounds.partition import participants
+from integration.rounds.server import Server
 from integration.settings import Settings
-from integration.trainer import LocalTrainer
 
 POLL = 0.2
 """Seconds between two looks for replies."""
@@ -217,10 +217,10 @@ class FlowerEngine:
             return str(error)
         if reason := _difference(tensors, start.state_dict()):
             return reason
-        packed = {"tensors": tensors, "config": start.config}
+        serialized = {"tensors": tensors, "config": start.config}
         return Update(
             client=client.number,
-            adapter=unpack(packed, self._federation.model.device),
+            adapter=deserialize(serialized, self._federation.model.device),
             examples=int(examples),
             loss=loss,
             seconds=seconds,

@@ -14,8 +14,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 import fedlora_kernels as flk
-from integration.packing import Packed, pack, unpack
-from integration.trainer import Moments
+from integration.model.serialize import deserialize, serialize
+from integration.model.trainer import Moments
 
 STYPE = "raw.le"
 
@@ -67,18 +67,18 @@ def read_tensors(record: ArrayRecord) -> dict[str, Tensor]:
 
 def write_adapter(records: RecordDict, name: str, adapter: flk.Adapter) -> None:
     """Put the adapter into the records, under `name` (tensors) and `name`.config."""
-    packed = pack(adapter)
-    records[name] = write_tensors(packed["tensors"])
+    serialized = serialize(adapter)
+    records[name] = write_tensors(serialized["tensors"])
     records[f"{name}.config"] = ConfigRecord(
-        {"json": json.dumps(packed["config"], allow_nan=False)}
+        {"json": json.dumps(serialized["config"], allow_nan=False)}
     )
 
 
 def read_adapter(records: RecordDict, name: str, device: torch.device) -> flk.Adapter:
     """The adapter under `name`, on the device."""
     config = json.loads(str(records.config_records[f"{name}.config"]["json"]))
-    packed: Packed = {"tensors": read_tensors(records.array_records[name]), "config": config}
-    return unpack(packed, device)
+    tensors = read_tensors(records.array_records[name])
+    return deserialize({"tensors": tensors, "config": config}, device)
 
 
 def write_moments(moments: Moments) -> ArrayRecord:

@@ -16,8 +16,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from integration.compare import choose, compare
+from integration.compare import compare
 from integration.flower.engine import FlowerEngine
+from integration.rounds.rule import choose
 from integration.settings import Settings, SettingsError, from_preset, from_values
 
 app = ServerApp()

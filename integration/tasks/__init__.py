@@ -1,60 +1,53 @@
-"""The tasks by name. A new task is one file here and one line below."""
+"""What is learned. A task is one file of this folder with a `TASK`; nothing else lists the tasks.
+
+task.py       what a task is, and how its examples are split
+tables.py     the rows of data sets
+answers.py    what counts as the same answer
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from inspect import signature
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from importlib import import_module
+from pkgutil import iter_modules
 
-from integration.tasks import (
-    arithmetic,
-    competition_math,
-    glue,
-    gsm8k,
-    instructions,
-    programs,
-    stdlib_chapters,
-    stdlib_code,
-)
-from integration.tasks.task import Example, Task, TaskError
+from integration.settings import Settings
+from integration.tasks.task import Example, LoadedTask, Task, TaskError
 
-if TYPE_CHECKING:
-    from integration.settings import Settings
-
-__all__ = ["TASKS", "Example", "Task", "TaskError", "load_task"]
-
-TASKS: dict[str, Callable[..., Task]] = {
-    "stdlib_chapters": stdlib_chapters.load,
-    "stdlib_code": stdlib_code.load,
-    "arithmetic": arithmetic.load,
-    "glue": glue.load,
-    "gsm8k": gsm8k.load,
-    "math": competition_math.load,
-    "programs": programs.load,
-    "dolly": instructions.dolly,
-    "alpaca_gpt4": instructions.alpaca_gpt4,
-    "instructions": instructions.load,
-}
-"""Name -> loader(test_size=, shared_per_class=, train_size=None, **options); TaskError where it
-fails. Loaders of data sets pass the sizes on to `Table.task`."""
+__all__ = ["TASKS", "Example", "LoadedTask", "Task", "TaskError", "find_task", "load_task"]
 
 
-def load_task(settings: Settings) -> Task:
-    """The task of a run. Raises TaskError for an unknown task or option."""
-    if settings.task not in TASKS:
-        raise TaskError(f"unknown task {settings.task!r}; known: {', '.join(TASKS)}")
-    load = TASKS[settings.task]
-    sizes = {
-        "test_size": settings.test_size,
-        "shared_per_class": settings.shared_per_class,
-        "train_size": settings.train_size,
-    }
-    parameters = signature(load).parameters.values()
-    known = [x.name for x in parameters if x.kind is x.KEYWORD_ONLY and x.name not in sizes]
-    for name in settings.task_options:
-        if name not in known:
-            raise TaskError(
-                f"task {settings.task} has no option {name!r}; its options: "
-                f"{', '.join(known) or 'none'}"
-            )
-    return load(**sizes, **settings.task_options)
+def read_tasks(folders: Iterable[str]) -> dict[str, Task]:
+    """Name -> task, of every file in these folders that has a `TASK`.
+
+    Raises ValueError for two tasks of one name.
+    """
+    tasks: dict[str, Task] = {}
+    for info in iter_modules(list(folders)):
+        task = getattr(import_module(f"{__name__}.{info.name}"), "TASK", None)
+        if isinstance(task, Task):
+            if task.name in tasks:
+                raise ValueError(f"two tasks have the name {task.name!r}")
+            tasks[task.name] = task
+    return tasks
+
+
+TASKS = read_tasks(__path__)
+"""Name -> task."""
+
+
+def find_task(name: str) -> Task:
+    """The task of this name. Raises TaskError for an unknown one."""
+    if name not in TASKS:
+        raise TaskError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load_task(settings: Settings) -> LoadedTask:
+    """The task of a run with its examples. Raises TaskError for an unknown task or option."""
+    return find_task(settings.task).load(
+        test_size=settings.test_size,
+        shared_per_class=settings.shared_per_class,
+        train_size=settings.train_size,
+        **settings.task_options,
+    )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from integration.tasks.answers import same_number
-from integration.tasks.task import Example, Task, TaskError, split
+from integration.tasks.task import Content, Example, Task, TaskError
 
 NAMES = ("Mia", "Omar", "Lena", "Ravi", "Chloe", "Tomas", "Aiko", "Sam", "Nora", "Felix", "Ines")
 
@@ -43,6 +43,7 @@ class Topic:
     """Operation -> what happens. Operations that a topic lacks are not asked there."""
 
 
+# The committed results were trained on these very sentences, spelling included.
 TOPICS = (
     Topic(
         "orchard",
@@ -108,16 +109,7 @@ COMPUTE: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def load(
-    *,
-    test_size: int,
-    shared_per_class: int = 0,
-    train_size: int | None = None,
-    level: int = 2,
-    largest: int = 40,
-    examples: int = 6000,
-    data_seed: int = 0,
-) -> Task:
+def read(*, level: int = 2, largest: int = 40, examples: int = 6000, data_seed: int = 0) -> Content:
     """Generate the task: `examples` different problems of up to `level` operations that begin with
     a number of up to `largest`.
 
@@ -128,13 +120,9 @@ def load(
             f"task arithmetic: level {level} and largest {largest}, expected at least 1 and "
             f"{SMALLEST}"
         )
-    return split(
-        "arithmetic",
+    return Content(
         tuple(topic.name for topic in TOPICS),
         problems(level, largest, examples, data_seed),
-        test_size=test_size,
-        train_size=train_size,
-        kind="language",
         right=same_number,
     )
 
@@ -194,3 +182,6 @@ def _numbers(sign: str, value: int) -> Sequence[int]:
     if sign == "/":
         return [number for number in MANY if value % number == 0]
     return tuple(MANY) if sign == "*" else range(2, 21)
+
+
+TASK = Task("arithmetic", "language", read, tiny_options={"level": 1, "examples": 120})

@@ -6,14 +6,16 @@ beyond that are not made up for, so the accuracy is a lower bound.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from random import Random
 from typing import Any
 
 from integration.tasks.answers import boxed, same_box
-from integration.tasks.tables import Row, Table
-from integration.tasks.task import Example, Task
+from integration.tasks.tables import Row, Table, sentence
+from integration.tasks.task import HUB, Content, Example, Published, Task
 
 
-def load(*, source: str = "qwedsacf/competition_math", **sizes: Any) -> Task:
+def read(*, source: str = "qwedsacf/competition_math") -> Content:
     """Read the data set (columns problem, solution, type); TaskError where it is not there."""
     table = Table.read(source, needs=("problem", "solution", "type"))
     subjects = table.values("type")
@@ -23,4 +25,19 @@ def load(*, source: str = "qwedsacf/competition_math", **sizes: Any) -> Task:
         label = subjects.index(str(row["type"]))
         return Example(prompt, label, completion=f" {solution}", answer=boxed(solution) or "")
 
-    return table.task("math", subjects, example, right=same_box, **sizes)
+    return table.content(subjects, example, right=same_box)
+
+
+def _row(draw: Random, place: int, _: Mapping[str, Any]) -> dict[str, Any]:
+    solution = rf"{sentence(draw, 3)} \boxed{{{place}}}"
+    return {"problem": sentence(draw, 8), "solution": solution, "type": f"subject {place % 7}"}
+
+
+TASK = Task(
+    "math",
+    "language",
+    read,
+    # The 7,500 and 5,000 of MATH in one split, printed in thousands: 12.5k rows.
+    published={"": Published((12500,), 0, HUB + "qwedsacf/competition_math")},
+    row=_row,
+)

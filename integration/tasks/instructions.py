@@ -1,6 +1,6 @@
-"""Instructions and answers: Dolly, Alpaca-GPT4, and any data set in TRL's conventions.
+"""Instructions and answers: any data set in TRL's conventions.
 
-Columns are recognised in this order: `messages` (the last turn must be the assistant's; it is the
+Columns are recognized in this order: `messages` (the last turn must be the assistant's; it is the
 completion), `prompt` and `completion` (texts or lists of messages), or `instruction` with
 `context`/`input` and `response`/`output`. Conversations go through the tokenizer's chat template,
 and only the completion counts in the loss.
@@ -8,17 +8,17 @@ and only the completion counts in the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from random import Random
 from typing import Any
 
-from integration.tasks.tables import Row, Table
-from integration.tasks.task import Example, Task, TaskError
+from integration.tasks.tables import Row, Table, sentence
+from integration.tasks.task import HUB, Content, Example, Published, Task, TaskError
 
 Turns = tuple[tuple[str, str], ...]
 
 
-def load(*, source: str = "", topic: str = "", **sizes: Any) -> Task:
+def read(*, source: str = "", topic: str = "") -> Content:
     """Read the data set `source`; `topic` is the column by which clients may differ.
 
     Raises TaskError where it is not there or has other columns.
@@ -35,13 +35,7 @@ def load(*, source: str = "", topic: str = "", **sizes: Any) -> Task:
             return Example(prompt, label, completion=completion)
         return Example("", label, completion=completion, turns=prompt)
 
-    return table.task("instructions", topics, example, **sizes)
-
-
-dolly: Callable[..., Task] = partial(
-    load, source="databricks/databricks-dolly-15k", topic="category"
-)
-alpaca_gpt4: Callable[..., Task] = partial(load, source="vicgalle/alpaca-gpt4")
+    return table.content(topics, example)
 
 
 def _parts(row: Row, source: str) -> tuple[str | Turns, str]:
@@ -72,3 +66,24 @@ def _conversation(messages: list[dict[str, Any]], source: str) -> tuple[Turns, s
             f"{last[0]}'s; expected an assistant's turn after others"
         )
     return tuple(before), last[1]
+
+
+def sample_row(draw: Random, place: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A row in the columns instruction and output, with the column of the topic if there is one."""
+    row: dict[str, Any] = {"instruction": sentence(draw, 8), "output": sentence(draw, 6)}
+    return row | ({options["topic"]: f"topic {place % 8}"} if options.get("topic") else {})
+
+
+TASK = Task(
+    "instructions",
+    "language",
+    read,
+    variant="source",
+    published={
+        # Printed in thousands: 70k rows.
+        "WizardLM/WizardLM_evol_instruct_70k": Published(
+            (70000,), 0, HUB + "WizardLMTeam/WizardLM_evol_instruct_70k"
+        ),
+    },
+    row=sample_row,
+)

@@ -12,22 +12,23 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from random import Random
 from typing import Any
 
-from integration.tasks.tables import Row, Table
-from integration.tasks.task import Example, Task, TaskError
+from integration.tasks.tables import Row, Table, sentence
+from integration.tasks.task import CARDS, Content, Example, Published, Task, TaskError
 
 TIMEOUT = 5
 MEMORY = 1 << 30
 
 
-def load(
+def read(
     *,
     source: str = "google-research-datasets/mbpp",
     test_source: str = "",
     run_code: bool = False,
-    **sizes: Any,
-) -> Task:
+) -> Content:
     """Read a data set with the columns of MBPP (text, code, test_list) or of HumanEval (prompt,
     canonical_solution, test, entry_point); TaskError where it is not there or has others.
 
@@ -35,7 +36,7 @@ def load(
     """
     table = Table.read(source, test_source=test_source or None)
     right = passes if run_code else None
-    return table.task("programs", ("programs",), _example, right=right, **sizes)
+    return table.content(("programs",), _example, right=right)
 
 
 def _example(row: Row) -> Example:
@@ -78,3 +79,20 @@ def passes(example: Example, text: str) -> bool:
 def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+
+def _row(draw: Random, place: int, _: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "text": sentence(draw, 8),
+        "code": f"def f{place}():\n    return {place}",
+        "test_list": [f"assert f{place}() == {place}"],
+    }
+
+
+TASK = Task(
+    "programs",
+    "language",
+    read,
+    published={"": Published((374,), 500, CARDS + "mbpp/README.md")},
+    row=_row,
+)

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
-from integration.tasks.task import Example, Task, TaskError, split
+from integration.tasks.task import Content, Example, Task, TaskError
 
 CHAPTERS: dict[str, tuple[str, ...]] = {
     chapter: tuple(modules.split())
@@ -63,19 +63,14 @@ KEY_WORDS = 20
 """Texts that agree in so many leading words are one text: the model reads little more."""
 
 
-def load(*, test_size: int, shared_per_class: int, train_size: int | None = None) -> Task:
+def read() -> Content:
     """Make the task from the running Python.
 
     Raises TaskError where the standard library has no sources (a frozen or stripped Python).
     """
     classes = tuple(CHAPTERS)
-    return split(
-        "stdlib_chapters",
-        classes,
-        [Example(text, classes.index(chapter)) for text, chapter in strings().items()],
-        test_size=test_size,
-        shared_per_class=shared_per_class,
-        train_size=train_size,
+    return Content(
+        classes, [Example(text, classes.index(chapter)) for text, chapter in strings().items()]
     )
 
 
@@ -160,3 +155,6 @@ def _imported(module: str) -> Iterator[str]:
             documentation = getattr(member, "__doc__", None)
             if not name.startswith("__") and callable(member) and isinstance(documentation, str):
                 yield documentation
+
+
+TASK = Task("stdlib_chapters", "classification", read)

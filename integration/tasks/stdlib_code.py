@@ -1,4 +1,4 @@
-"""Causal language modelling of the running Python's own library sources: perplexity.
+"""Causal language modeling of the running Python's own library sources: perplexity.
 
 An example is one function or class of a pure-Python module, parsed, not imported; its topic is the
 chapter of the library reference that the module belongs to.
@@ -11,37 +11,28 @@ import sysconfig
 from pathlib import Path
 
 from integration.tasks.stdlib_chapters import CHAPTERS, sources
-from integration.tasks.task import Example, Task, TaskError, split
+from integration.tasks.task import Content, Example, Task, TaskError
 
 MINIMUM_LINES = 4
 """Shorter definitions (`def __len__`) are too much alike to be a test of anything."""
 
+MINIMUM_DEFINITIONS = 1000
+"""Fewer mean that the library's sources are not installed."""
 
-def load(
-    *,
-    test_size: int,
-    shared_per_class: int = 0,
-    train_size: int | None = None,
-    most_characters: int = 2000,
-) -> Task:
+
+def read(*, most_characters: int = 2000) -> Content:
     """Make the task from the running Python; texts are cut to `most_characters`.
 
     Raises TaskError where the standard library has no sources.
     """
     found = definitions(most_characters)
-    if len(found) < 10 * test_size // 9:
+    if len(found) < MINIMUM_DEFINITIONS:
         raise TaskError(
-            f"task stdlib_code: found {len(found)} functions and classes, too few for test_size "
-            f"{test_size}; are the sources of the standard library installed?"
+            f"task stdlib_code: found {len(found)} functions and classes, need "
+            f"{MINIMUM_DEFINITIONS}; install the sources of the standard library "
+            "(Debian: python3-dev)"
         )
-    return split(
-        "stdlib_code",
-        tuple(CHAPTERS),
-        found,
-        test_size=test_size,
-        train_size=train_size,
-        kind="language",
-    )
+    return Content(tuple(CHAPTERS), found)
 
 
 def definitions(most_characters: int) -> list[Example]:
@@ -59,3 +50,6 @@ def definitions(most_characters: int) -> list[Example]:
                         source = "".join(lines[node.lineno - 1 : end])[:most_characters]
                         found.setdefault(source, Example("", label, completion=source))
     return list(found.values())
+
+
+TASK = Task("stdlib_code", "language", read)

@@ -1,5 +1,5 @@
 """Data sets, by hub id or from files on the disk, through Hugging Face's `datasets`: their rows,
-and the task that they make.
+and the examples that they make.
 """
 
 from __future__ import annotations
@@ -7,11 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from random import Random
+from typing import Any
 
-from integration.tasks.task import Example, Task, TaskError, split
+from integration.tasks.task import Content, Example, Right, TaskError
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+WORDS = ("river", "stone", "apple", "green", "seven", "window", "market", "letter", "carry")
 
 Row = Mapping[str, Any]
 
@@ -90,32 +93,19 @@ class Table:
         """What stands in a column, in the alphabet's order, without repetitions."""
         return tuple(sorted({str(row[column]) for row in [*self.train, *(self.test or [])]}))
 
-    def task(
+    def content(
         self,
-        name: str,
         classes: tuple[str, ...],
         example: Callable[[Row], Example],
         *,
-        test_size: int,
-        shared_per_class: int = 0,
-        train_size: int | None = None,
-        kind: Literal["classification", "language"] = "language",
-        right: Callable[[Example, str], bool] | None = None,
-    ) -> Task:
-        """Every row's example, split into a task; `split` says what the sizes are.
-
-        Language tasks have no head that a shared split would make, so they get none.
-        """
-        return split(
-            name,
+        right: Right | None = None,
+    ) -> Content:
+        """Every row's example."""
+        return Content(
             classes,
-            map(example, self.train),
-            test=None if self.test is None else [example(row) for row in self.test],
-            test_size=test_size,
-            shared_per_class=shared_per_class if kind == "classification" else 0,
-            train_size=train_size,
-            kind=kind,
-            right=right,
+            list(map(example, self.train)),
+            None if self.test is None else list(map(example, self.test)),
+            right,
         )
 
 
@@ -128,3 +118,8 @@ def columns(found: Iterable[Row], needed: Iterable[str], source: str) -> None:
                 f"data set {source!r} has no column {name!r}; its columns: "
                 f"{', '.join(sorted(there))}"
             )
+
+
+def sentence(draw: Random, length: int) -> str:
+    """Words of a sample row."""
+    return " ".join(draw.choice(WORDS) for _ in range(length))

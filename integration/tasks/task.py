@@ -1,12 +1,24 @@
-"""What a task is: examples, split once into train, shared and test, and what counts as right."""
+"""What a task is: its kind, where its examples come from, its published sizes, a sample row.
+
+`Task.load` reads the examples and splits them once into train, shared and test.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from random import Random
+from typing import Any, Literal
+
+Kind = Literal["classification", "language"]
+
+HUB = "https://huggingface.co/datasets/"
+
+CARDS = "https://github.com/huggingface/datasets, datasets/"
+"""Where the cards of the older data sets were kept before they moved to the hub."""
 
 
 class TaskError(ValueError):
@@ -26,19 +38,35 @@ class Example:
     completion: str | None = None
     """What a language model shall write after the text."""
     answer: str = ""
-    """What `Task.right` compares a generated text with."""
+    """What `LoadedTask.right` compares a generated text with."""
     turns: tuple[tuple[str, str], ...] = ()
     """(role, content) of the conversation so far, in place of `text`: goes through the tokenizer's
     chat template."""
 
 
+Right = Callable[[Example, str], bool]
+"""(example, generated text) -> whether the text answers the example."""
+
+
 @dataclass(frozen=True)
-class Task:
-    """A text classification or a language task.
+class Content:
+    """What a task reads: its examples before they are split."""
+
+    classes: tuple[str, ...]
+    """Names of the labels: classes, or topics."""
+    examples: Iterable[Example]
+    test: Sequence[Example] | None = None
+    """The examples of a test split of the data set's own."""
+    right: Right | None = None
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A text classification or a language task, with its examples.
 
     `train` is what the clients hold between them, `shared` is the small public split that every
-    party has (the frozen head of a classification is made from it), `test` judges the global model.
-    The three are disjoint.
+    party has (the frozen head of a classification is made from it), the global model is evaluated
+    on `test`. The three are disjoint.
     """
 
     name: str
@@ -47,16 +75,95 @@ class Task:
     train: tuple[Example, ...]
     shared: tuple[Example, ...]
     test: tuple[Example, ...]
-    kind: Literal["classification", "language"] = "classification"
-    right: Callable[[Example, str], bool] | None = None
-    """Whether a generated text answers the example. Without it the accuracy of a language task is
-    the share of its completions' tokens that the model predicts."""
+    kind: Kind = "classification"
+    right: Right | None = None
+    """Without it the accuracy of a language task is the share of its completions' tokens that the
+    model predicts."""
 
     @property
     def majority(self) -> float:
         """Share of the largest class in the test split: the accuracy of knowing nothing."""
         counts = Counter(example.label for example in self.test)
         return max(counts.values()) / len(self.test)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The sizes of a data set's splits, for plans that are made where the data are not.
+
+    Labels are in the order of the task's classes; one label stands for a data set without topics.
+    """
+
+    train: tuple[int, ...]
+    """Training examples of every label."""
+    test: int
+    """Examples of its test split; 0 where it has none and the test is cut from the training."""
+    source: str
+    """Where the totals are printed."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task, under the name that the setting `task` has. Every file of this folder that has a
+    `TASK` adds one.
+    """
+
+    name: str
+    kind: Kind
+    read: Callable[..., Content]
+    """(**options) -> the examples. The keyword arguments are the options of the task; raises
+    TaskError where there is nothing to read."""
+    published: Mapping[str, Published] = field(default_factory=dict)
+    """Value of the option `variant` -> sizes; of a task without variants the key is ""."""
+    variant: str = ""
+    """The option that decides which data set is read, such as GLUE's subset."""
+    row: Callable[[Random, int, Mapping[str, Any]], dict[str, Any]] | None = None
+    """(random numbers, position, options) -> a sample row in the columns of the data set, for
+    --tiny. None for a task that makes its own data."""
+    tiny_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of a task that makes its own data, for --tiny."""
+
+    def load(
+        self,
+        *,
+        test_size: int,
+        shared_per_class: int = 0,
+        train_size: int | None = None,
+        **options: Any,
+    ) -> LoadedTask:
+        """The examples, split; `split` says what the sizes are.
+
+        A language task gets no shared split, as it has no head that would be made from it.
+        Raises TaskError for an unknown option, and where the examples are missing or too few.
+        """
+        known = self.options
+        for name in options:
+            if name not in known:
+                raise TaskError(
+                    f"task {self.name} has no option {name!r}; its options: "
+                    f"{', '.join(known) or 'none'}"
+                )
+        content = self.read(**options)
+        return split(
+            f"{self.name} {self.which(options)}".strip(),
+            content.classes,
+            content.examples,
+            test=content.test,
+            test_size=test_size,
+            shared_per_class=shared_per_class if self.kind == "classification" else 0,
+            train_size=train_size,
+            kind=self.kind,
+            right=content.right,
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option -> its default."""
+        return {name: x.default for name, x in signature(self.read).parameters.items()}
+
+    def which(self, options: Mapping[str, Any]) -> str:
+        """The value of the option `variant`; "" for a task without variants."""
+        return str((self.options | dict(options))[self.variant]) if self.variant else ""
 
 
 def split(
@@ -68,9 +175,9 @@ def split(
     shared_per_class: int = 0,
     train_size: int | None = None,
     test: Sequence[Example] | None = None,
-    kind: Literal["classification", "language"] = "classification",
-    right: Callable[[Example, str], bool] | None = None,
-) -> Task:
+    kind: Kind = "classification",
+    right: Right | None = None,
+) -> LoadedTask:
     """Split by a hash of the text: the same for every seed, and stable when a text comes or goes.
 
     In hash order the first `test_size` examples are the test split (of `test`, where the task comes
@@ -107,7 +214,9 @@ def split(
         raise TaskError(f"task {name}: no training examples are left; lower test_size")
     if not chosen:
         raise TaskError(f"task {name}: the test split is empty")
-    return Task(name, classes, tuple(train[:train_size]), tuple(shared), tuple(chosen), kind, right)
+    return LoadedTask(
+        name, classes, tuple(train[:train_size]), tuple(shared), tuple(chosen), kind, right
+    )
 
 
 def hashed(text: str) -> bytes:

@@ -1,0 +1,63 @@
+"""aggregate: the clients' adapters in, the global adapter out; short for a :class:`Round`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fedlora_kernels._aggregation import Aggregation
+from fedlora_kernels._round import Round
+from fedlora_kernels.adapters.adapter import Adapter
+from fedlora_kernels.rules import Rule
+
+
+def aggregate(
+    adapters: Sequence[Adapter],
+    *,
+    rule: str | Rule,
+    weights: Sequence[float] | None = None,
+    device: torch.device | str | None = None,
+    absent: str = "zero",
+    precision: str = "exact",
+    carried: Any = None,
+    uniform_rank: bool = False,
+    dtype: torch.dtype | None = None,
+    heads: str | None = None,
+    **options: Any,
+) -> Aggregation:
+    """Combine the clients' adapters into one.
+
+    The arguments are those of :class:`Round` and :meth:`Round.aggregate`, which is the way to
+    several rules, or to a rule and an inspection, from one pass over the adapters.
+
+    Args:
+        adapters: the K clients of this round.
+        rule: a rule of ``flk.rules``, or the name of one.
+        weights: the clients' weights (numbers of examples, say), scaled to sum to 1; equal when
+            None.
+        device: where the work is done; where the adapters are when None.
+        absent: what a client without a module counts as: "zero", a zero update, or
+            "renormalise", as if it were not there.
+        precision: "exact" (float64 accumulation) or "fast" (float32 with promotion).
+        carried: ``result.carried`` of the last round, for a rule with memory.
+        uniform_rank: pad every module with zeros to one rank, for servers that ignore PEFT's
+            rank_pattern.
+        dtype: of the result's factors; the clients' own when None.
+        heads: what becomes of the tensors beside the factors (modules_to_save, biases): "average",
+            or "local" (they stay with their clients); None is the rule's own way.
+        **options: of a rule given by name, see ``flk.rules.find(name).options()``.
+
+    Returns:
+        The global adapter; its report is computed when asked for. The input adapters are not
+        changed.
+
+    Raises:
+        AdapterError: what the clients sent cannot be aggregated by this rule, and the message
+            names the client and the module; or the result's dtype cannot hold the result.
+        ValueError: the rule is unknown, or an option is out of range.
+        TypeError: the rule has no such option.
+    """
+    round_ = Round(adapters, weights=weights, absent=absent, device=device, precision=precision)
+    return round_.aggregate(
+        rule, carried=carried, uniform_rank=uniform_rank, dtype=dtype, heads=heads, **options
+    )

@@ -1,0 +1,329 @@
+"""Aggregation: one rule at work on a round, a batch at a time, and what comes of it."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels._delivery import Delivery
+from fedlora_kernels.adapters import extras, folder, peft_format
+from fedlora_kernels.adapters.adapter import WRITTEN, Adapter
+from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.factors import Factors
+from fedlora_kernels.adapters.peft_format import label
+from fedlora_kernels.gram_space.batches import Batch, finite
+from fedlora_kernels.gram_space.coefficients import Coefficients, Mixture, Side, Solution
+from fedlora_kernels.gram_space.grams import Grams
+from fedlora_kernels.gram_space.report import (
+    CurvePoint,
+    ModuleReport,
+    Report,
+    Swept,
+    curve,
+    report,
+    swept,
+)
+from fedlora_kernels.rules import Rule
+
+if TYPE_CHECKING:
+    from fedlora_kernels._round import Round
+
+
+class Aggregation:
+    """The result of one aggregation."""
+
+    def __init__(
+        self, delivery: Delivery, clients: Sequence[Adapter], curve: list[CurvePoint], work: "Work"
+    ) -> None:
+        self.delivery = delivery
+        """what travels back to the clients"""
+        self.clients = clients
+        """the adapters that were aggregated"""
+        self.curve = curve
+        """FLoRIST's rank against error, one point per entry of ``energies``"""
+        self._work = work
+
+    @property
+    def rule(self) -> Rule:
+        """The rule with its options."""
+        return self.delivery.rule
+
+    @property
+    def adapter(self) -> Adapter:
+        """The global adapter (FedSA: the shared A, with B = 0)."""
+        return self.delivery.adapter
+
+    @property
+    def residual(self) -> Adapter | None:
+        """What the clients merge into the base beside the adapter (FedEx)."""
+        return self.delivery.residual
+
+    @property
+    def heads(self) -> str:
+        """Whether the tensors beside the factors were averaged, or stay with their clients."""
+        return self.delivery.heads
+
+    @cached_property
+    def carried(self) -> Any:
+        """What the next round takes as ``carried``: None for a rule without memory."""
+        return self.rule.carry(self)
+
+    @cached_property
+    def report(self) -> Report:
+        """Module -> rank, energy, relative_error, svd_floor.
+
+        Computed when first asked for. Rules that only average compute no Gram matrices; theirs are
+        computed then, in one more pass over the clients' adapters.
+
+        Raises:
+            AdapterError: a client's tensor was changed in place since; names client and module.
+        """
+        return self._work.report()
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """The state that travels back to every client."""
+        return self.delivery.sent(self.adapter)
+
+    def client_adapter(self, k: int) -> Adapter:
+        """What client k receives, ready to run: see :meth:`Delivery.received`.
+
+        Raises:
+            AdapterError: the client's dtype cannot hold the update at the client's own scaling.
+        """
+        client = self.clients[k]
+        return self.delivery.received(client, label(k, client.name))
+
+    @property
+    def bytes_up(self) -> list[int]:
+        """Bytes that client k sent."""
+        return list(map(self.delivery.bytes_up, self.clients))
+
+    @property
+    def bytes_down(self) -> list[int]:
+        """Bytes that client k receives, a residual included."""
+        return list(map(self.delivery.bytes_down, self.clients))
+
+    def save(self, path: str | Path) -> None:
+        """Write the global adapter as a PEFT folder, with report.json beside it, residual/ for
+        FedEx and clients/K/ where clients receive different adapters; all in one step.
+
+        Raises:
+            FileExistsError: the path is a file, or a non-empty folder that is no adapter.
+        """
+        with folder.replaced(Path(path), WRITTEN) as made:
+            self.adapter.write(made)
+            described = {"rule": self.rule.name, "modules": self.report.as_dict()}
+            text = json.dumps(described, indent=2)
+            (made / "report.json").write_text(text + "\n", encoding="utf-8")
+            if self.residual is not None:
+                (made / "residual").mkdir()
+                self.residual.write(made / "residual")
+            if self.delivery.differs:
+                for k in range(len(self.clients)):
+                    (made / "clients" / str(k)).mkdir(parents=True)
+                    self.client_adapter(k).write(made / "clients" / str(k))
+
+
+class Work:
+    """One rule at work on a round: a batch at a time in, the result out.
+
+    Args:
+        round_: the clients.
+        rule: what to do with them.
+        carried, uniform_rank, dtype, heads: see :meth:`Round.aggregate`.
+
+    Raises:
+        AdapterError: the rule cannot aggregate these clients.
+        ValueError: heads is unknown.
+    """
+
+    def __init__(
+        self,
+        round_: "Round",
+        rule: Rule,
+        carried: Any,
+        *,
+        uniform_rank: bool,
+        dtype: torch.dtype | None,
+        heads: str | None,
+    ) -> None:
+        self._round, self._rule = round_, rule
+        self._uniform_rank, self._dtype = uniform_rank, dtype
+        self._heads = heads or ("local" if rule.personal else "average")
+        clients = round_.clients
+        _refuse_kinds(clients, rule)
+        rule.validate(clients)
+        more = rule.joins(carried)
+        self.joined = round_.joined(more) if more else None
+        """the batches with what the rule carried over from the last round, if anything"""
+        self._prepared = rule.prepared(round_.read(self.joined)) if rule.joint else rule
+        self._factors: dict[str, Factors] = {}
+        self._residuals: dict[str, Factors] = {}
+        self._swept: list[dict[float, Swept]] = []
+        self._averaged = True
+        """whether all factors are averages of the clients' factors"""
+        self._reports: list[Report | tuple[Grams, Solution | None]] = []
+        """of each batch the rows, or what it takes to compute them"""
+
+    @property
+    def reads(self) -> bool:
+        """Whether there are batches to take: VeRA's vectors are averaged as they are."""
+        return not self._round.clients[0].vera
+
+    def take(self, grams: Grams) -> None:
+        """One batch: the rule's coefficients, then its factors, and the rows of the report where
+        the Gram matrices that they need will not be kept.
+        """
+        grams.batch.refuse_changes()
+        solution = self._prepared.solve(grams)
+        self._factors.update(_factors(grams.batch, solution.adapter, self._rule.sends, self._dtype))
+        self._averaged &= isinstance(solution.adapter, Mixture)
+        if solution.residual is not None:
+            self._residuals.update(_factors(grams.batch, solution.residual, "both", self._dtype))
+        if solution.sweep:
+            self._swept.append(swept(grams, solution))
+        if not grams.computed:
+            self._reports.append((grams, None))
+        elif self._round.keeps(grams):
+            self._reports.append((grams, solution))
+        else:
+            self._reports.append(report(grams, solution))
+
+    def report(self) -> Report:
+        """The rows of all modules, by name."""
+        rows = _unreported(self._round.clients)
+        for item in self._reports or [(grams, None) for grams in self._round.grams]:
+            if isinstance(item, Report):
+                rows.update(item)
+                continue
+            grams, solution = item
+            rows.update(report(grams, solution or self._prepared.solve(grams)))
+            if not self._round.keeps(grams):
+                grams.forget()
+        return Report(sorted(rows.items()))
+
+    def result(self) -> Aggregation:
+        """The global adapter of all batches that were taken."""
+        rule, clients = self._rule, self._round.clients
+        embeddings = {
+            module
+            for client in clients
+            for module, factors in ({} if client.vera else client.factors).items()
+            if factors.embedding
+        }
+        factors = _finished(self._factors, embeddings, self._uniform_rank)
+        average = self._heads == "average"
+        beside = extras.average(clients, self._round.weights) if average else {}
+        residual = None
+        if self._residuals:
+            rest = _finished(self._residuals, embeddings, self._uniform_rank)
+            residual = Adapter(rest, peft_format.headless(_config(clients, rest, rslora=False)))
+        if clients[0].vera:
+            adapter = _vera(clients, self._round.weights, beside)
+        else:
+            flags = {bool(client.config.get("use_rslora")) for client in clients}
+            config = _config(clients, factors, rslora=self._averaged and flags == {True})
+            if clients[0].extras and not beside:  # the heads stay with the clients
+                config = peft_format.headless(config)
+            adapter = Adapter(factors, config, extras=beside)
+        delivery = Delivery(rule, adapter, residual, self._heads)
+        return Aggregation(delivery, clients, curve(self._swept), self)
+
+
+def _refuse_kinds(clients: Sequence[Adapter], rule: Rule) -> None:
+    """Refuse adapters of a kind that the rule cannot aggregate."""
+    for index, client in enumerate(clients):
+        if client.vera and "VERA" not in rule.aggregates:
+            able = [kind.name for kind in Rule.__subclasses__() if "VERA" in kind.aggregates]
+            raise AdapterError(
+                f"{label(index, client.name)}: VeRA vectors, which rule {rule.name!r} cannot "
+                f"aggregate; use {', '.join(able)}"
+            )
+
+
+def _unreported(clients: Sequence[Adapter]) -> Report:
+    """Rows of VeRA modules whose projections were not saved: the rank is all that is known."""
+    unknown = math.nan
+    return Report(
+        {
+            module: ModuleReport(lambda_d.numel(), unknown, unknown, unknown, unknown)
+            for module, (_, lambda_d) in clients[0].vera.items()
+        }
+    )
+
+
+def _factors(
+    batch: Batch, part: Coefficients, sends: str, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Factors]]:
+    """combine | weighted_sum over the batch, each module cut to its own rank (at least 1)."""
+    if dtype is not None:  # summed in a dtype that holds both, rounded once
+        batch = replace(batch, dtype=torch.promote_types(batch.dtype, dtype))
+    b_g, a_g = part.factors(batch, sends)
+    if dtype is not None:
+        b_g, a_g = ([factor.to(dtype) for factor in side] for side in (b_g, a_g))
+    for side in (b_g, a_g):
+        _refuse_overflow(batch, side)
+    ranks, scalings = part.ranks.tolist(), part.scaling.tolist()
+    for module, rank, scaling, b, a in zip(batch.modules, ranks, scalings, b_g, a_g, strict=True):
+        if rank < a.shape[0]:
+            b, a = b[:, : max(1, rank)].contiguous(), a[: max(1, rank)].contiguous()
+        yield module, Factors(b, a, scaling)
+
+
+def _refuse_overflow(batch: Batch, factors: Side) -> None:
+    """A finite sum has finite terms; only where the sum is not, look for what is at fault."""
+    if finite(factors):
+        return
+    for module, factor in zip(batch.modules, factors, strict=True):
+        if not bool(factor.isfinite().all()):
+            batch.refuse_non_finite()
+            raise AdapterError(
+                f"module {module}: the aggregate overflows {factor.dtype}; ask for a wider dtype"
+            )
+
+
+def _finished(
+    made: Mapping[str, Factors], embeddings: Set[str], uniform_rank: bool
+) -> dict[str, Factors]:
+    """By name, embeddings marked, and padded to one rank where that was asked for."""
+    if not embeddings and not uniform_rank:
+        return dict(sorted(made.items()))
+    widest = max((item.rank for item in made.values()), default=1)
+    finished = {}
+    for module, item in sorted(made.items()):
+        b, a = item.b, item.a
+        if uniform_rank:
+            b = torch.nn.functional.pad(b, (0, widest - item.rank))
+            a = torch.nn.functional.pad(a, (0, 0, 0, widest - item.rank))
+        finished[module] = Factors(b, a, item.scaling, module in embeddings)
+    return finished
+
+
+def _vera(clients: Sequence[Adapter], weights: Tensor, beside: Mapping[str, Tensor]) -> Adapter:
+    """The mean of lambda_d; lambda_b, which stays with the clients, is zero."""
+    first = clients[0]
+    vera = {}
+    for module, (lambda_b, lambda_d) in first.vera.items():
+        stacked = torch.stack([client.vera[module][1].double() for client in clients])
+        mean_d = (weights.to(stacked) @ stacked).to(lambda_d.dtype)
+        vera[module] = (torch.zeros_like(lambda_b), mean_d)
+    config = first.config if beside else peft_format.headless(first.config)
+    return Adapter({}, config, vera=vera, extras={**beside, **extras.projections(first)})
+
+
+def _config(
+    clients: Sequence[Adapter], factors: Mapping[str, Factors], *, rslora: bool
+) -> peft_format.Config:
+    return peft_format.result_config(
+        clients[0].config,
+        {module: item.rank for module, item in factors.items()},
+        {module: item.scaling for module, item in factors.items()},
+        rslora,
+    )

@@ -1,0 +1,152 @@
+"""Round: the clients of one round, checked once, and what rules read of them, read once.
+
+    round = flk.Round(clients, weights=[120, 80, 300])
+    florist, flexlora = round.aggregate([flk.rules.FLoRIST(energy=0.9), "flexlora"])
+    round.inspect().modules[name].sigma
+
+load -> stack -> gram -> rule (spectrum + rank | surrogate | nothing) -> combine -> report
+
+Batches of modules are the outermost loop, so memory does not grow with the layers. Each step is
+taken when something needs its result: a rule that only averages computes no Gram matrix.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, overload
+
+import torch
+
+from fedlora_kernels import rules
+from fedlora_kernels._aggregation import Aggregation, Work
+from fedlora_kernels._inspect import ENERGIES, Inspection, inspection
+from fedlora_kernels.adapters import agreement
+from fedlora_kernels.adapters.adapter import Adapter
+from fedlora_kernels.gram_space.batches import stack
+from fedlora_kernels.gram_space.grams import Grams
+from fedlora_kernels.ops import checks
+from fedlora_kernels.rules import Rule
+
+KEPT = 1 << 28
+"""Bytes of Gram matrices and spectra that a round keeps, 256 MiB; others are computed anew."""
+
+
+class Round:
+    """The clients of one round.
+
+    Args:
+        adapters: the K clients; they are not changed, and must not be while the round is in use.
+        weights: the clients' weights (numbers of examples, say), scaled to sum to 1; equal when
+            None.
+        absent: what a client without a module counts as: "zero", a zero update, or "renormalise",
+            as if it were not there.
+        device: where the work is done; where the adapters are when None.
+        precision: "exact" (float64 accumulation) or "fast" (float32 with promotion).
+
+    Raises:
+        AdapterError: what the clients sent does not belong together; names client and module.
+        ValueError: absent or precision is unknown.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        *,
+        weights: Sequence[float] | None = None,
+        absent: str = "zero",
+        device: torch.device | str | None = None,
+        precision: str = "exact",
+    ) -> None:
+        self.clients = tuple(adapters)
+        self.weights = agreement.normalized(weights, self.clients)
+        """w_k [K] float64"""
+        agreement.check(self.clients)
+        checks.precision(precision)
+        self._absent, self._device, self._precision = absent, device, precision
+        if not self.clients[0].vera:  # of VeRA, factors are made only for who asks for them
+            _ = self.grams
+
+    @cached_property
+    def grams(self) -> list[Grams]:
+        """The batches of modules, each with the Gram matrices that it computes on demand."""
+        return self._stacked(self.clients, self.weights)
+
+    @overload
+    def aggregate(self, rule: str | Rule, **more: Any) -> Aggregation: ...
+
+    @overload
+    def aggregate(self, rule: Sequence[str | Rule], **more: Any) -> list[Aggregation]: ...
+
+    def aggregate(
+        self,
+        rule: str | Rule | Sequence[str | Rule],
+        *,
+        carried: Any = None,
+        uniform_rank: bool = False,
+        dtype: torch.dtype | None = None,
+        heads: str | None = None,
+        **options: Any,
+    ) -> Aggregation | list[Aggregation]:
+        """Combine the clients' adapters by one rule, or by several that share every Gram matrix.
+
+        Args:
+            rule: a rule (``flk.rules.FLoRIST(energy=0.9)``) or the name of one; a sequence of them
+                gives a list of results.
+            carried: ``result.carried`` of the last round, for a rule with memory.
+            uniform_rank: pad every module with zeros to one rank, for servers that ignore PEFT's
+                rank_pattern.
+            dtype: of the result's factors; the clients' own when None.
+            heads: what becomes of the tensors beside the factors (modules_to_save, biases):
+                "average", or "local" (they stay with their clients); None is the rule's own way,
+                "local" where clients keep different models, else "average".
+            **options: of a rule given by name, see ``flk.rules.find(name).options()``.
+
+        Raises:
+            AdapterError: what the clients sent cannot be aggregated by this rule, and the message
+                names the client and the module; or the result's dtype cannot hold the result.
+            ValueError: the rule is unknown, or an option is out of range.
+            TypeError: the rule has no such option.
+        """
+        several = [rule] if isinstance(rule, (str, Rule)) else rule
+        chosen = [rules.make(item, **options) for item in several]
+        works = [
+            Work(self, item, carried, uniform_rank=uniform_rank, dtype=dtype, heads=heads)
+            for item in chosen
+        ]
+        reading = [work for work in works if work.reads]
+        sharing = [work for work in reading if work.joined is None]
+        for grams in self.read() if sharing else ():
+            for work in sharing:
+                work.take(grams)
+        for work in reading:
+            for grams in self.read(work.joined) if work.joined else ():
+                work.take(grams)
+        results = [work.result() for work in works]
+        return results if several is rule else results[0]
+
+    def inspect(self, *, energies: Sequence[float] = ENERGIES) -> Inspection:
+        """Spectra of the ideal aggregate and similarities of the clients: see :func:`inspect`."""
+        return inspection(self.clients, self.weights, self.read(), energies)
+
+    def read(self, every: Sequence[Grams] | None = None) -> Iterator[Grams]:
+        """The batches, the round's own when None, one after the other. What one computed is
+        forgotten when the next is asked for, unless there is room for it in KEPT.
+        """
+        for grams in self.grams if every is None else every:
+            yield grams
+            if not self.keeps(grams):
+                grams.forget()
+
+    def keeps(self, grams: Grams) -> bool:
+        """Whether these matrices stay: all that the round holds, together with them, fits KEPT."""
+        others = sum(other.nbytes for other in self.grams if other is not grams)
+        return others + grams.nbytes <= KEPT
+
+    def joined(self, more: Sequence[tuple[Adapter, float]]) -> list[Grams]:
+        """The batches of the clients beside further adapters, whose weights stay as they are."""
+        weights = self.weights.new_tensor([weight for _, weight in more])
+        adapters = (*self.clients, *(adapter for adapter, _ in more))
+        return self._stacked(adapters, torch.cat([self.weights, weights]))
+
+    def _stacked(self, adapters: Sequence[Adapter], weights: torch.Tensor) -> list[Grams]:
+        batches = stack(adapters, weights, absent=self._absent, device=self._device)
+        return [Grams(batch, self._precision) for batch in batches]

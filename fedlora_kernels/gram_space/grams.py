@@ -1,0 +1,205 @@
+"""Grams: all that a rule sees of the clients' factors, two R x R matrices per module.
+
+G_B = B^T B    G_A = A A^T    D = diag(w_k s_k repeated r_k times)    dW = B D A
+||dW||^2             = <D G_B D, G_A>
+<dW_j, dW_k>         = s_j s_k <G_B^{jk}, G_A^{jk}>
+||dW - B X Y A||^2   = <G_B E, E G_A>  with E = D - X Y      (the form that does not cancel)
+
+The matrices are computed when something asks for one of them: a rule that only averages never does.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels import ops
+from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.gram_space.batches import Batch
+from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
+
+
+class Spectrum:
+    """Singular values of L modules and the coefficients of their vectors (see ops.spectrum)."""
+
+    def __init__(self, grams: "Grams", energy: float, max_rank: int | None) -> None:
+        self.sigma, self.total_energy, self.left, self.right, _ = ops.spectrum(
+            grams.b, grams.a, grams.scale, energy, max_rank
+        )
+        """[L,R], [L], [L,R,R], [L,R,R]"""
+        if grams.precision == "fast":
+            self.right = right_of_left(self.sigma, self.left, grams.b, grams.scale)
+
+
+class Grams:
+    """The Gram matrices of one batch of L modules, with the clients' weights and scalings."""
+
+    def __init__(self, batch: Batch, precision: str = "exact") -> None:
+        self.batch = batch
+        self.precision = precision
+        """how the Grams are accumulated"""
+        self.modules = batch.modules
+        self.ranks = batch.ranks
+        self.size = batch.size
+        """(m, n)"""
+        self.weights = batch.weights
+        """[K] float64"""
+        self.scalings = batch.scalings
+        """[L,K] float64"""
+        self._matrices: tuple[Tensor, Tensor] | None = None
+        self._spectra: dict[tuple[float, int | None], Spectrum] = {}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The K clients as messages name them."""
+        return self.batch.labels
+
+    @property
+    def scale(self) -> Tensor:
+        """[L,R] float64, the diagonal of D"""
+        return self.batch.scale
+
+    @property
+    def b(self) -> Tensor:
+        """G_B [L,R,R] float64"""
+        return self.matrices[0]
+
+    @property
+    def a(self) -> Tensor:
+        """G_A [L,R,R] float64"""
+        return self.matrices[1]
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """G_B and G_A, by the one pass over the batch's data.
+
+        Raises:
+            AdapterError: a client's factor holds NaN or Inf (files are checked when read, live
+                adapters here), is too large to square, or was changed since the round was made.
+        """
+        if self._matrices is None:
+            self.batch.refuse_changes()
+            modules = len(self.modules)
+            b, a = (
+                ops.gram_list(factors, modules, rows=rows, precision=self.precision)
+                for factors, rows in ((self.batch.list_b, False), (self.batch.list_a, True))
+            )
+            self._refuse_overflow(b, a)
+            self._matrices = b, a
+        return self._matrices
+
+    def _refuse_overflow(self, b: Tensor, a: Tensor) -> None:
+        """NaN and Inf show on the diagonals; only where there is one, look for whose it is."""
+        squares_b, squares_a = (gram.diagonal(dim1=-2, dim2=-1) for gram in (b, a))
+        squares = squares_b * self.scale.square() * squares_a * self.stacked_rank**2
+        if bool(squares.sum().isfinite() & (squares_b.sum() + squares_a.sum()).isfinite()):
+            return
+        for values, problem in (
+            (squares_b, "B holds NaN, Inf or numbers too large to square"),
+            (squares_a, "A holds NaN, Inf or numbers too large to square"),
+            (squares, "the square of scaling B A overflows float64"),
+        ):
+            bad = (~values.isfinite()).double() @ self.membership
+            if bool(bad.any()):
+                module, client = (int(index) for index in bad.nonzero()[0])
+                raise AdapterError(
+                    f"{self.labels[client]}, module {self.modules[module]}: {problem}"
+                )
+
+    @property
+    def computed(self) -> bool:
+        """Whether the matrices are there."""
+        return self._matrices is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices and spectra that are there."""
+        held = [] if self._matrices is None else [*self._matrices]
+        for found in self._spectra.values():
+            held += [found.left, found.right]
+        return sum(tensor.nbytes for tensor in held)
+
+    def forget(self) -> None:
+        """Let go of everything that was computed; it is computed anew for who asks again."""
+        self._matrices = None
+        self._spectra.clear()
+        for name in ("products", "energy", "noise", "client_products"):
+            self.__dict__.pop(name, None)
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """All singular values."""
+        return self.leading()
+
+    def leading(self, energy: float = 1.0, max_rank: int | None = None) -> Spectrum:
+        """At least the singular values that hold this share of the energy, or the first max_rank.
+
+        The energy of the others is the difference to ``total_energy``.
+        """
+        asked = (energy, max_rank)
+        if asked not in self._spectra:
+            self._spectra[asked] = Spectrum(self, energy, max_rank)
+        return self._spectra[asked]
+
+    @property
+    def stacked_rank(self) -> int:
+        """R"""
+        return sum(self.ranks)
+
+    @property
+    def full_rank(self) -> int:
+        """min(R, m, n): no update has a higher rank."""
+        return min(self.stacked_rank, *self.size)
+
+    def same_rank(self, rank: int) -> Tensor:
+        """The same rank for every module: [L] int64."""
+        return torch.full((len(self.modules),), rank, device=self.batch.device)
+
+    def error(self, x: Tensor, y: Tensor) -> Tensor:
+        """||dW - B X Y A||^2 for x [L,R,p] and y [L,p,R]: [L] float64.
+
+        With E = D - X Y the two products G_B E and E G_A take R^2 p + 2 R^3 multiplications;
+        through X and Y, without E, they take 4 R^2 p, which is less for p < 2 R / 3.
+        """
+        stacked_rank, rank = x.shape[1:]
+        if 3 * rank < 2 * stacked_rank:
+            scaled_b = self.b * self.scale[:, None, :]
+            scaled_a = self.scale[:, :, None] * self.a
+            left = torch.baddbmm(scaled_b, self.b @ x, y, alpha=-1)
+            right = torch.baddbmm(scaled_a, x, y @ self.a, alpha=-1)
+        else:
+            gap = torch.baddbmm(torch.diag_embed(self.scale), x, y, alpha=-1)
+            left, right = self.b @ gap, gap @ self.a
+        return (left * right).sum((-2, -1)).clamp_min(0)
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """||dW||^2 = <D G_B D, G_A>, and 0 where the clients cancel to rounding: [L] float64."""
+        squared = self.squared_norm(self.scale)
+        return squared.where(squared > self.noise, 0)
+
+    def squared_norm(self, diagonal: Tensor) -> Tensor:
+        """||B diag(e) A||^2 = e^T (G_B o G_A) e for e [L,R]: [L] float64."""
+        return (diagonal[:, None, :] @ self.products @ diagonal[:, :, None]).flatten()
+
+    @cached_property
+    def products(self) -> Tensor:
+        """<b_i a_i, b_j a_j> of the R rank-1 terms, G_B o G_A: [L,R,R] float64."""
+        return self.b * self.a
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """What rounding leaves of ||dW||^2 where the clients cancel: [L] float64."""
+        return negligible(self.stacked_rank) * magnitude(self.b, self.a, self.scale)
+
+    @cached_property
+    def client_products(self) -> Tensor:
+        """<dW_j, dW_k> of the clients' own updates s_k B_k A_k: [L,K,K] float64."""
+        membership = self.membership
+        products = membership.T @ self.products @ membership
+        return self.scalings[:, :, None] * products * self.scalings[:, None, :]
+
+    @cached_property
+    def membership(self) -> Tensor:
+        """Which client each stacked rank belongs to: [R,K] of 0 and 1, float64."""
+        return torch.nn.functional.one_hot(self.batch.owner, len(self.ranks)).double()

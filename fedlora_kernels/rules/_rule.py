@@ -1,0 +1,179 @@
+"""Rule: what an aggregation rule states about itself, and its function from Grams to coefficients.
+
+A rule is a frozen dataclass in a file of its own. Its fields are its options, made by
+:func:`option`; its class attributes say what travels under it; ``solve`` answers one batch.
+Everybody else (registry, command line, harness, tables) asks the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_hints
+
+from fedlora_kernels.adapters.error import AdapterError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from fedlora_kernels._aggregation import Aggregation
+    from fedlora_kernels.adapters.adapter import Adapter
+    from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.grams import Grams
+
+
+class Option(NamedTuple):
+    """One option of a rule."""
+
+    kind: Any
+    """its type, as annotated"""
+    default: Any
+    help: str
+
+
+def option(default: Any, help: str) -> Any:  # noqa: A002 - what it is called everywhere
+    """A field of a rule that is an option: its default, and what it means in one sentence."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An aggregation rule. Subclasses live in ``rules/<name>.py``."""
+
+    name: ClassVar[str]
+    """its name in the registry: that of its file"""
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    """arXiv number"""
+    travels: ClassVar[str] = "A and B"
+    """what a client sends, in words"""
+    exact: ClassVar[str]
+    """how the global update stands to the ideal one, in words"""
+    is_exact: ClassVar[bool] = False
+    """True where the error is rounding only"""
+    heterogeneous: ClassVar[bool] = False
+    """clients may have different ranks"""
+    sends: ClassVar[Literal["both", "b", "a"]] = "both"
+    """the factors a client sends up and receives down"""
+    receives: ClassVar[Literal["global", "leading", "own"]] = "global"
+    """client k gets the global adapter, its leading r_k components, or shared A with its own B"""
+    trains: ClassVar[Literal["both", "b"]] = "both"
+    """the factors a client trains"""
+    after: ClassVar[Literal["continue", "merge"]] = "continue"
+    """what a round starts from by default: the global adapter, or the base with it merged in"""
+    separable: ClassVar[bool] = False
+    """each factor is averaged by itself, so that one held fixed comes out as it went in"""
+    bounded: ClassVar[bool] = False
+    """:meth:`widest` is a bound; the rank itself depends on the data"""
+    preferred: ClassVar[bool] = False
+    """the command line takes this rule where none is named"""
+    personal: ClassVar[bool]
+    """clients keep different models (their own B and heads); there is no merged global one"""
+    aggregates: ClassVar[tuple[str, ...]] = ("LORA",)
+    """the adapter kinds that it can aggregate, as PEFT's peft_type"""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name", cls.__module__.rpartition(".")[2])
+        cls.personal = cls.receives == "own"
+
+    def solve(self, grams: Grams) -> Solution:
+        """The coefficients of one batch of modules.
+
+        Raises:
+            AdapterError: the clients cannot be aggregated by this rule; names client and module.
+        """
+        raise NotImplementedError(f"rule {self.name!r} defines no solve()")
+
+    @property
+    def joint(self) -> bool:
+        """Whether the modules compete, so that every batch is read before one can be solved."""
+        return False
+
+    def prepared(self, every: Iterable[Grams]) -> Rule:
+        """Where :attr:`joint`, the rule with what it needs to know of all batches."""
+        return self
+
+    def validate(self, adapters: Sequence[Adapter]) -> None:
+        """Checks that need the factors themselves.
+
+        Raises:
+            AdapterError: names the client and the module.
+        """
+
+    # ---- memory between rounds -----------------------------------------------------------------
+
+    def joins(self, carried: Any) -> Sequence[tuple[Adapter, float]]:
+        """What a rule with memory adds to the round: adapters with their weights, beside the
+        clients' normalized ones. ``carried`` is what :meth:`carry` returned, None at first.
+
+        Raises:
+            TypeError: something is carried, and the rule has no memory.
+        """
+        if carried is not None:
+            raise TypeError(f"rule {self.name!r} has no memory, found carried={carried!r}")
+        return ()
+
+    def carry(self, result: Aggregation) -> Any:
+        """What the next round's ``carried`` is: None for a rule without memory."""
+        return None
+
+    # ---- what others ask -----------------------------------------------------------------------
+
+    def widest(self, ranks: Sequence[int], size: tuple[int, int]) -> int:
+        """The rank of what travels down for one module, a residual included.
+
+        Args:
+            ranks: of the clients, r_k.
+            size: (m, n) of the module.
+        """
+        return max(ranks)
+
+    @classmethod
+    def options(cls) -> Mapping[str, Option]:
+        """The rule's options by name."""
+        kinds = get_type_hints(cls)
+        return {
+            item.name: Option(kinds[item.name], item.default, item.metadata["help"])
+            for item in fields(cls)
+            if "help" in item.metadata and item.default is not MISSING
+        }
+
+    @classmethod
+    def with_options(cls, given: Mapping[str, Any]) -> Self:
+        """The rule with these options; raises TypeError for one that it does not have."""
+        for name in given:
+            if name not in cls.options():
+                known = ", ".join(cls.options()) or "none"
+                raise TypeError(f"rule {cls.name!r} has no option {name!r}; its options: {known}")
+        return cls(**given)
+
+    def equal_rank(self, grams: Grams) -> None:
+        """Refuse clients of different ranks.
+
+        Raises:
+            AdapterError: names who differs and where.
+        """
+        for who, rank in zip(grams.labels, grams.ranks, strict=True):
+            if rank != grams.ranks[0]:
+                raise self.unequal_rank(
+                    who, grams.modules[0], rank, grams.labels[0], grams.ranks[0]
+                )
+
+    def unequal_rank(
+        self, who: str, module: str, rank: int, whose: str, expected: int
+    ) -> AdapterError:
+        """The error of a rule that averages factors of one rank."""
+        *some, last = (kind.name for kind in Rule.__subclasses__() if kind.heterogeneous)
+        return AdapterError(
+            f"{who}, module {module}: rank {rank}, expected {expected} as in {whose}: {self.name} "
+            f"averages factors of equal rank; use {', '.join(some)} or {last} for clients of "
+            "different ranks"
+        )
+
+
+def at_least_one(**values: int | None) -> None:
+    """Raise ValueError for an option that is given and under 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")

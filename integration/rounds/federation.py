@@ -1,0 +1,65 @@
+"""What all rules of a run share: the task, the model, the splits and the clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import fedlora_kernels as flk
+from integration.model.model import Model
+from integration.model.tokens import Tokens
+from integration.rounds.client import Client
+from integration.rounds.evaluate import Score, evaluate
+from integration.rounds.partition import own_tests, partition
+from integration.settings import Settings
+from integration.tasks import LoadedTask, load_task
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A task dealt to clients, beside the one model that they all train."""
+
+    settings: Settings
+    task: LoadedTask
+    model: Model
+    train: Tokens
+    test: Tokens
+    clients: tuple[Client, ...]
+
+    @classmethod
+    def build(cls, settings: Settings) -> Federation:
+        """Make the task, load the model, deal the examples. Raises SettingsError and TaskError."""
+        task = load_task(settings)
+        model = Model(settings, task)
+        model.make_head(model.tokens(task.shared, settings.max_tokens))
+        train = model.tokens(task.train, settings.max_tokens)
+        test = model.tokens(task.test, settings.max_tokens)
+        return cls(settings, task, model, train, test, _clients(settings, train, test))
+
+    def with_seed(self, seed: int) -> Federation:
+        """The same task and model, dealt and trained by another seed."""
+        settings = replace(self.settings, seed=seed)
+        clients = _clients(settings, self.train, self.test)
+        return replace(self, settings=settings, clients=clients)
+
+    def evaluate(self, *adapters: flk.Adapter, client: Client | None = None) -> Score:
+        """The score of these adapters on the test split, or on the client's own test examples."""
+        test = partial(evaluate, self.model, self.task, self.test, *adapters)
+        among = None if client is None else client.tests
+        return test(max_new_tokens=self.settings.max_new_tokens, among=among)
+
+
+def _clients(settings: Settings, train: Tokens, test: Tokens) -> tuple[Client, ...]:
+    labels, tests = train.labels.tolist(), test.labels.tolist()
+    size = settings.client_test_size
+    return tuple(
+        Client(
+            number,
+            rank,
+            positions,
+            own_tests([labels[position] for position in positions], tests, size, settings, number),
+        )
+        for number, (rank, positions) in enumerate(
+            zip(settings.ranks, partition(labels, settings), strict=True)
+        )
+    )

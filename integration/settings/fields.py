@@ -1,0 +1,128 @@
+"""One run's settings.
+
+Every field that is a number, a word or a list of them is also a flag of the command line (its
+`help` is the flag's); tables can be set in a preset only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedlora_kernels import rules
+
+ENERGY_RULES = [kind for kind in map(rules.find, rules.names()) if "energy" in kind.options()]
+"""The rules whose option `energy` the flag of that name sets."""
+
+
+class SettingsError(ValueError):
+    """A setting that cannot work; the message is one line and says what would."""
+
+
+def setting(text: str, default: Any = dataclasses.MISSING, words: tuple[str, ...] = ()) -> Any:
+    """A field with its help text, and the words that it may be."""
+    return field(default=default, metadata=about(text, words))
+
+
+def about(text: str, words: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a field's metadata hold: the help of its flag, and the words that it may be."""
+    return {"help": text + (f": {', '.join(words)}." if words else "."), "words": words}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run depends on; equal settings give equal results, bit for bit."""
+
+    # ---- task and model
+    task: str = setting("Name of the task")
+    model: str = setting("A model's name, hub id or folder")
+    max_tokens: int = setting("Tokens of one text, the rest is cut off")
+    test_size: int = setting("Examples in the test split")
+    # ---- federation
+    rules: tuple[str, ...] = setting("Rules, separated by commas")
+    clients: int = setting("Number of clients")
+    rounds: int = setting("Rounds of every rule")
+    batch_size: int = setting("Examples in one optimizer step")
+    learning_rate: float = setting("Learning rate of the first round")
+    ranks: tuple[int, ...] = setting("One LoRA rank for all, or one per client: 8,8,4,4")
+    lora_scaling: float = setting("alpha / r, the same for every client")
+    target_modules: tuple[str, ...] = setting("Modules that get an adapter")
+
+    steps: int | None = setting("Optimizer steps per client and round", None)
+    epochs: int | None = setting("Passes over a client's data per round, instead of steps", None)
+    micro_batch_size: int | None = setting(
+        "Examples of a step that are in memory at once, to save it; all of them without this", None
+    )
+    schedule: str = setting(
+        "Learning rate over the rounds", "linear", ("linear", "cosine", "constant")
+    )
+    optimizer_state: str = setting(
+        "A client's AdamW moments from round to round", "reset", ("reset", "keep")
+    )
+    weight_decay: float = setting("AdamW's weight decay", 0.0)
+    max_grad_norm: float = setting("Gradients are clipped to this norm; 0 leaves them", 0.0)
+
+    partition: str = setting(
+        "How the examples are dealt to the clients",
+        "dirichlet",
+        ("dirichlet", "iid", "by-label", "by-topic"),
+    )
+    alpha: float = setting("Dirichlet concentration; small is uneven", 0.5)
+    participation: float = setting("Share of the clients that take part in a round", 1.0)
+
+    method: str = setting("What the clients train", "lora", ("lora", "rslora", "vera"))
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata=about("Module -> its rank in every client")
+    )
+    freeze: str = setting(
+        "Which factor stays fixed on the clients: what the rule says, or A and B in turn (RoLoRA)",
+        "rule",
+        ("rule", "alternate"),
+    )
+    after: str | None = setting(
+        "How a round goes on: continue or merge; without it, each rule's own way", None
+    )
+    options: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata=about("Rule -> options of its aggregation")
+    )
+
+    # ---- the task's and the model's details
+    task_options: dict[str, Any] = field(
+        default_factory=dict, metadata=about("Options of the task")
+    )
+    train_size: int | None = setting("At most so many training examples", None)
+    head: str = setting(
+        "Classification head: means of the shared split, frozen, or trained by the clients",
+        "means",
+        ("means", "trained"),
+    )
+    shared_per_class: int = setting("Examples per class in the shared split", 50)
+    logit_scale: float = setting("Scale of the cosines of the head of means", 20.0)
+    loss: str = setting(
+        "Loss of classification; balanced adds the log of the client's class shares to the logits",
+        "balanced",
+        ("balanced", "plain"),
+    )
+    max_new_tokens: int = setting("Tokens that a generated answer may have", 64)
+    init: str = setting("Where the base weights come from", "pretrained", ("pretrained", "random"))
+    config: str | None = setting("Shape of a random model: a name, or a config.json", None)
+    device: str = setting("Where to train", "auto", ("auto", "cpu", "cuda"))
+    dtype: str = setting(
+        "Of the base weights; auto is bfloat16 on a GPU", "auto", ("auto", "float32", "bfloat16")
+    )
+    gradient_checkpointing: bool = setting("Compute activations twice to save memory", False)
+
+    # ---- evaluation
+    evaluate_every: int = setting("Evaluate after every so many rounds, and after the last", 1)
+    client_test_size: int = setting("Test examples drawn in each client's own proportions", 0)
+    track: str = setting(
+        "Where rounds go beside metrics.jsonl", "nothing", ("nothing", "tensorboard", "wandb")
+    )
+    seed: int = setting("Decides all randomness", 0)
+    seeds: int = setting("Repeat with so many seeds: seed, seed + 1, ...", 1)
+
+    @property
+    def heterogeneous(self) -> bool:
+        """Whether the clients' ranks differ."""
+        return len(set(self.ranks)) > 1
