@@ -131,6 +131,11 @@ class Batch:
                 "made; read result.report before, or aggregate copies"
             )
 
+    @property
+    def seen_finite(self) -> bool:
+        """Whether all entries were seen to be finite when the adapters were read."""
+        return self.versions == tuple([pair.finite_at for pair in self.pairs])
+
     def refuse_non_finite(self) -> None:
         """Refuse NaN and Inf, entry by entry: for when a result has shown that there is one.
 
@@ -177,11 +182,11 @@ def finite(tensors: Tensor | Sequence[Tensor]) -> bool:
 
 
 def versions(pairs: Sequence[Factors]) -> tuple[int, ...]:
-    """How often each pair's tensors were written to; empty where torch does not count."""
+    """How often each pair's tensors were written to."""
     try:
         return tuple([pair.b._version + pair.a._version for pair in pairs])
-    except RuntimeError:
-        return ()
+    except RuntimeError:  # of inference tensors it is not counted
+        return tuple([pair.version for pair in pairs])
 
 
 def stack(

@@ -102,7 +102,7 @@ class Mixture:
         """
         modules, step = len(batch.modules), len(batch.clients)
         if sends == "a":
-            if not finite(batch.list_b):
+            if not (batch.seen_finite or finite(batch.list_b)):
                 batch.refuse_non_finite()
             shape = (modules, batch.size[0], self.rank)
             b = torch.zeros(shape, dtype=batch.dtype, device=batch.device)
