@@ -100,12 +100,14 @@ class Mixture:
         """weighted_sum of the factors that travel. Where only A does, B is zero, since every client
         keeps its own; where only B does, A is the first client's, since all have that one.
         """
-        modules, step = len(batch.modules), len(batch.clients)
+        step = len(batch.clients)
         if sends == "a":
             if not (batch.seen_finite or finite(batch.list_b)):
                 batch.refuse_non_finite()
-            shape = (modules, batch.size[0], self.rank)
-            b = torch.zeros(shape, dtype=batch.dtype, device=batch.device)
+            b: Side = [
+                torch.zeros(batch.size[0], self.rank, dtype=batch.dtype, device=batch.device)
+                for _ in batch.modules
+            ]
         else:
             b = ops.weighted_sum_list(batch.list_b, self.q)
         if sends == "b":
