@@ -98,7 +98,7 @@ class Mixture:
 
     def factors(self, batch: Batch, sends: str = "both") -> tuple[Side, Side]:
         """weighted_sum of the factors that travel. Where only A does, B is zero, since every client
-        keeps its own; where only B does, A is the first client's, since all have that one.
+        keeps its own; where only B does, A is the first client's own tensor, the same in all.
         """
         step = len(batch.clients)
         if sends == "a":
@@ -111,7 +111,7 @@ class Mixture:
         else:
             b = ops.weighted_sum_list(batch.list_b, self.q)
         if sends == "b":
-            return b, [a.clone() for a in batch.list_a[::step]]
+            return b, batch.list_a[::step]
         return b, ops.weighted_sum_list(batch.list_a, self.p)
 
 
