@@ -81,7 +81,7 @@ def speedups(acceptance: Mapping[str, Any]) -> Figure:
             places = [index + 0.38 * (offset - 0.5) for index in range(len(summary))]
             panel.barh(places, values, height=0.34, color=colour, label=precision)
             for place, value in zip(places, values, strict=True):
-                text = f"{value:.1f}" if value else "refused"
+                text = f"{value:.1f}" if value else "no time"
                 panel.text(value, place, f" {text}", va="center", color=INK)
             widest = max(widest, *values)
         panel.axvline(1, color=INK, linewidth=1)

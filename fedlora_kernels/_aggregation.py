@@ -18,7 +18,7 @@ from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.peft_format import label
 from fedlora_kernels.gram_space.batches import Batch, finite
-from fedlora_kernels.gram_space.coefficients import Coefficients, Mixture, Solution
+from fedlora_kernels.gram_space.coefficients import Coefficients, Mixture, Side, Solution
 from fedlora_kernels.gram_space.grams import Grams
 from fedlora_kernels.gram_space.report import (
     CurvePoint,
@@ -277,7 +277,7 @@ def _factors(
         yield module, Factors(b, a, scaling)
 
 
-def _refuse_overflow(batch: Batch, factors: Sequence[Tensor]) -> None:
+def _refuse_overflow(batch: Batch, factors: Side) -> None:
     """A finite sum has finite terms; only where the sum is not, look for what is at fault."""
     if finite(factors):
         return

@@ -83,7 +83,7 @@ def select_rank(
     sigma: Array, total_energy: Array, energy: float, max_rank: int | None = None
 ) -> Array:
     """Rank per module at a share of its energy, [L] int64: see ``ops.select_rank``."""
-    result: Array = _numpy.select_rank(sigma, total_energy, energy, max_rank)
+    result: Array = _numpy.select_rank(sigma, total_energy, energy, max_rank, _threads)
     return result
 
 

@@ -55,6 +55,19 @@ def test_fast_promotes_to_float64() -> None:
     assert_gram(raw.gram(x.to(DEVICE), True, "fast"), x, True, "fast")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [None, 1 / 3, 0.7])
+def test_fast_is_within_its_documented_error(value: float | None, dtype: torch.dtype) -> None:
+    """Positive terms, and equal ones whose roundings all go one way: docs/kernels.md."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(1, 24, 4133, generator=generator).to(dtype)
+    if value is not None:
+        x = torch.full_like(x, value)
+    exact = reference.gram(x, True)
+    error = (raw.gram(x.to(DEVICE), True, "fast").cpu() - exact).abs()
+    assert_within(error, 32 * torch.finfo(torch.float32).eps * exact, "Gram matrix")
+
+
 def test_exact_resolves_what_float32_data_carries() -> None:
     """Nearly parallel rows: 1e-7 of the norm is left after cancellation, and is right to 1e-6."""
     generator = torch.Generator().manual_seed(1)

@@ -161,32 +161,12 @@ def test_american_spelling():
 
 # ---- a new task: one file, and its test ----------------------------------------------------------
 
-RIDDLES = '''
-"""Riddles and what they mean: one file is all that a task needs."""
-
-from integration.tasks.tables import Table, sentence
-from integration.tasks.task import Content, Example, Published, Task
-
-
-def read(*, source="somebody/riddles", hard=False) -> Content:
-    table = Table.read(source, needs=("riddle", "meaning"))
-    return table.content(
-        ("riddles",), lambda row: Example(row["riddle"], 0, completion=row["meaning"])
-    )
-
-
-def _row(draw, place, options):
-    return {"riddle": sentence(draw, 6), "meaning": sentence(draw, 2)}
-
-
-TASK = Task(
-    "riddles",
-    "language",
-    read,
-    published={"": Published((900,), 100, "where the sizes are printed")},
-    row=_row,
-)
-'''
+(RIDDLES,) = re.findall(
+    r"```python\n(.*?)```",
+    (HOME.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("A **task**")[2],
+    re.DOTALL,
+)[:1]
+"""The task that CONTRIBUTING shows."""
 
 
 @pytest.fixture
@@ -214,7 +194,7 @@ def test_a_new_task_is_one_file(tmp_path, capsys):
     settings = settings_of(**changes)
     planned = plan(settings)
     assert (sum(planned.examples), planned.tests) == (900, 40)
-    assert "where the sizes are printed" in planned.data
+    assert "the page where the sizes are printed" in planned.data
     small = miniature(settings, tmp_path)
     small.write()
     task = tasks.load_task(small.settings)

@@ -1,5 +1,6 @@
 """Pretraining from scratch: what it leaves is a transformers folder, decided by its seed alone."""
 
+import io
 import json
 
 import pytest
@@ -44,8 +45,16 @@ def small(tmp_path_factory):
 
 def test_it_leaves_a_model_that_has_learned(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    losses = [pretrain(small, tmp_path / name, Console(quiet=True)) for name in ("a", "b")]
+    said = io.StringIO()
+    consoles = Console(file=said, width=120), Console(quiet=True)
+    losses = [
+        pretrain(small, tmp_path / name, console)
+        for name, console in zip("ab", consoles, strict=True)
+    ]
     assert losses[0] == losses[1] < 4.5, "log(400) is 6.0"
+    told = [line for line in said.getvalue().splitlines() if line.startswith("pretraining: step")]
+    assert len(told) == 30, "a line for every twentieth of the steps, here for each"
+    assert told[-1] == f"pretraining: step 30 of 30, loss {losses[0]:.3f}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"], "and nothing else"
     model, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("a", "b"))
     for name, tensor in model.state_dict().items():

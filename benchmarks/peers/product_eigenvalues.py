@@ -19,7 +19,7 @@ PEER: Peer[Spectrum] = Peer(
     "eigenvalues of the product",
     "torch.linalg.eigvals, module by module",
     lambda task: Prepared(lambda: product_eigenvalues(task), note="values only"),
-    lambda task, found: [task.values(torch.stack(found).clamp_min(0).sqrt(), task.kept)],
+    lambda task, found: [task.values(torch.stack(found).clamp_min(0).sqrt(), task.ranks)],
     less=True,
     # On a GPU a general matrix takes 30 times as long as a symmetric one.
     answers=lambda task: not task.stacks.b.is_cuda,

@@ -127,9 +127,11 @@ def same_tensor(found: Tensor, expected: Tensor, tolerance: float) -> Check:
     return Check("error / norm", float(error.max()), tolerance)
 
 
-def same_singular_values(stacks: Stacks, sigma: Tensor, kept: int | None = None) -> Check:
-    """max |sigma_i^2 - reference| / ||dW||^2 over the leading ``kept`` values."""
-    count = min(kept or sigma.shape[1], stacks.sigma.shape[1])
+def same_singular_values(stacks: Stacks, sigma: Tensor, kept: Tensor | None = None) -> Check:
+    """max |sigma_i^2 - reference| / ||dW||^2 over each module's leading ``kept`` [L] values."""
+    count = min(sigma.shape[1], stacks.sigma.shape[1])
     error = (sigma[:, :count].square() - stacks.sigma[:, :count].square()).abs()
+    if kept is not None:
+        error = error.where(torch.arange(count, device=error.device) < kept[:, None], 0)
     worst = (error / stacks.total_energy[:, None]).max()
     return Check("sigma^2 error / |dW|^2", float(worst), EXACT)

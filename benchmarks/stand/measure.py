@@ -3,10 +3,10 @@
     run = Run(comparison, device, roofline)
     rows = run.measured()
 
-Each way is run once untimed by rounds: its output is checked, and a red check refuses the number.
-Then rounds follow in which every way runs once, so that a busy moment of the machine hits all of
-them; medians of the rounds' ratios are reported. No time is reported for a variant that raises, nor
-for a peer that is not finished in time; the other variants keep theirs.
+Each way is run once before the rounds, and its output is checked. If a check fails, no time is
+reported for that variant. Then rounds follow in which every way runs once, so that a busy moment of
+the machine hits all of them; medians of the rounds' ratios are reported. No time is reported for a
+variant that raises, nor for a peer that is not finished in time; the other variants keep theirs.
 """
 
 import signal
@@ -67,7 +67,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """One measured (or refused) variant."""
+    """One variant, measured or not."""
 
     stage: str
     comparison: str
@@ -86,7 +86,7 @@ class Row:
     family: str
     seed: int
     seconds: float | None
-    """median over the rounds; None where a check refused it"""
+    """median over the rounds; None where a check failed or the variant raised"""
     samples: tuple[float, ...]
     """seconds, one per round"""
     times_first: float | None
@@ -98,6 +98,7 @@ class Row:
     """10^9 of the counted operations per second"""
     checks: tuple[Mapping[str, Any], ...]
     refused: str = ""
+    """why there is no time: the check that failed, or what was raised"""
     note: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -195,7 +196,7 @@ class Run:
         return self.refusal(variant) == "" and variant.name not in self._once
 
     def refusal(self, variant: Variant) -> str:
-        """Why the variant's number is refused, or nothing."""
+        """Why no time is reported for the variant, or nothing."""
         if variant.name in self._raised:
             return self._raised[variant.name]
         red = [check for check in self._checks.get(variant.name, ()) if not check.passed]

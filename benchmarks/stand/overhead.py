@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
 
 import fedlora_kernels as flk
 from benchmarks.stand.device import Device
-from fedlora_kernels import ops
+from fedlora_kernels.ops.operator import Operator
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 """PEFT's name."""
@@ -25,19 +26,19 @@ class Stopwatch:
         self.calls: dict[str, int] = {}
         self._depth = 0
 
-    def around(self, name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
-        """The operator, timed where it is not called by another one."""
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """An operator's call, timed where it is not called by another operator."""
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def timed(operator: Operator[Any], *arguments: Any) -> Any:
             self._depth += 1
             start = time.perf_counter()
             try:
-                return operator(*args, **kwargs)
+                return call(operator, *arguments)
             finally:
                 self._depth -= 1
                 if self._depth == 0:
                     self.seconds += time.perf_counter() - start
-                    self.calls[name] = self.calls.get(name, 0) + 1
+                    self.calls[operator.name] = self.calls.get(operator.name, 0) + 1
 
         return timed
 
@@ -46,15 +47,8 @@ class Stopwatch:
 def operators_timed() -> Iterator[Stopwatch]:
     """Time every call of this library's operators inside the block; on a CPU only."""
     watch = Stopwatch()
-    namespace = torch.ops.fedlora
-    originals = {name: getattr(namespace, name) for name in ops.__all__}
-    try:
-        for name, operator in originals.items():
-            setattr(namespace, name, watch.around(name, operator))
+    with patch.object(Operator, "__call__", watch.around(Operator.__call__)):
         yield watch
-    finally:
-        for name, operator in originals.items():
-            setattr(namespace, name, operator)
 
 
 def aggregate_folders(

@@ -50,7 +50,7 @@ def duration(seconds: float) -> str:
 def _numbers(row: Row) -> tuple[str, ...]:
     worst = max((float(check["error"]) for check in row.checks), default=float("nan"))
     if row.seconds is None:
-        return ("[red]refused[/red]", "", "", "", "", f"[red]{worst:.1e}[/red]")
+        return ("[red]no time[/red]", "", "", "", "", f"[red]{worst:.1e}[/red]")
     share = f"{row.share_of_floor:.0%}" if row.share_of_floor is not None else ""
     times = "" if row.times_first is None else f"{row.times_first:.2f}"
     return (

@@ -74,9 +74,14 @@ class Spectrum:
         return reference.gram(self.stacks.b, False), reference.gram(self.stacks.a, True)
 
     @cached_property
+    def ranks(self) -> Tensor:
+        """What every module keeps at ``ENERGY``, [L]; beyond it nothing need be computed."""
+        return correctness.expected_ranks(self.stacks, ENERGY, MAX_RANK)
+
+    @property
     def kept(self) -> int:
-        """The largest rank that a module keeps at ``ENERGY``."""
-        return int(correctness.expected_ranks(self.stacks, ENERGY, MAX_RANK).max())
+        """The largest of them."""
+        return int(self.ranks.max())
 
     @property
     def work(self) -> Work:
@@ -86,16 +91,17 @@ class Spectrum:
             self.stacks.case.modules, rank, self.kept if self.leading else rank
         )
 
-    def values(self, sigma: Tensor, count: int | None = None) -> Check:
-        """The leading ``count`` values (all when None) beside those from QR + QR + core SVD."""
-        return correctness.same_singular_values(self.stacks, sigma, count)
+    def values(self, sigma: Tensor, ranks: Tensor | None = None) -> Check:
+        """The leading values (all when None) beside those from QR + QR + core SVD."""
+        return correctness.same_singular_values(self.stacks, sigma, ranks)
 
     def vectors(self, left: Tensor, right: Tensor) -> Check:
-        """|error of the rank-p update - its SVD floor| in squares, from the Gram matrices."""
+        """|error at each module's rank - its SVD floor| in squares, from the Gram matrices."""
         (gram_b, gram_a), stacks = self.grams, self.stacks
-        gap = torch.diag_embed(stacks.scale) - left[:, :, : self.kept] @ right[:, : self.kept]
+        used = torch.arange(left.shape[2], device=left.device) < self.ranks[:, None]
+        gap = torch.diag_embed(stacks.scale) - left.where(used[:, None, :], 0) @ right
         found = ((gap.mT @ gram_b @ gap) * gram_a).sum((-2, -1))
-        expected = correctness.svd_floors(stacks, [self.kept] * stacks.case.modules).square()
+        expected = correctness.svd_floors(stacks, self.ranks.tolist()).square()
         error = ((found - expected).abs() / stacks.total_energy).max()
         return Check("squared error beside the SVD floor", float(error), correctness.ENERGY_EXACT)
 

@@ -28,7 +28,7 @@ def compare(stacks: Stacks) -> Comparison:
             f"energy {ENERGY}",
             lambda: ops.spectrum(*grams, scale, ENERGY, MAX_RANK),
             lambda found: [
-                leading.values(found[0], leading.kept),
+                leading.values(found[0], leading.ranks),
                 leading.vectors(found[2], found[3]),
             ],
             leading.work,

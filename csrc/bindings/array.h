@@ -1,10 +1,14 @@
 // What torch tensors and numpy arrays have in common, and the mistakes a caller can make with them.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/factors.h"
@@ -13,12 +17,53 @@ namespace fedlora {
 
 enum class Scalar { bf16, fp16, fp32, fp64, int64, other };
 
-using Sizes = std::vector<int64_t>;
+// Up to four numbers, as factors and results have them, without memory of its own: lists hold
+// hundreds of tensors.
+class Sizes {
+ public:
+  Sizes() = default;
+  Sizes(std::initializer_list<int64_t> values) : Sizes(values.begin(), values.end()) {}
+  Sizes(size_t count, int64_t value) {
+    for (size_t i = 0; i < count; ++i) push_back(value);
+  }
+  template <class Iterator>
+    requires(!std::is_integral_v<Iterator>)
+  Sizes(Iterator first, Iterator last) {
+    for (; first != last; ++first) push_back(*first);
+  }
+
+  void push_back(int64_t value) {
+    if (size_ == few_.size()) many_.assign(few_.begin(), few_.end());
+    if (size_ < few_.size()) {
+      few_[size_] = value;
+    } else {
+      many_.push_back(value);
+    }
+    ++size_;
+  }
+
+  size_t size() const { return size_; }
+  const int64_t* data() const { return size_ <= few_.size() ? few_.data() : many_.data(); }
+  int64_t* data() { return size_ <= few_.size() ? few_.data() : many_.data(); }
+  const int64_t* begin() const { return data(); }
+  const int64_t* end() const { return data() + size_; }
+  int64_t operator[](size_t axis) const { return data()[axis]; }
+  int64_t& operator[](size_t axis) { return data()[axis]; }
+  int64_t back() const { return data()[size_ - 1]; }
+  bool operator==(const Sizes& other) const {
+    return std::equal(begin(), end(), other.begin(), other.end());
+  }
+
+ private:
+  size_t size_ = 0;
+  std::array<int64_t, 4> few_ = {};
+  std::vector<int64_t> many_;  // all of them, where they are more
+};
 
 struct Array {
   void* data;
   Scalar scalar;
-  std::string dtype;  // as messages show it
+  const char* dtype;  // as messages show it
   Sizes sizes;
   Sizes strides;  // in elements
 

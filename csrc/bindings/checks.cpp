@@ -2,9 +2,12 @@
 
 #include <array>
 #include <charconv>
+#include <string_view>
 
 namespace fedlora::checks {
 namespace {
+
+using namespace std::string_literals;
 
 constexpr double kFastEnergy = 1 - 1e-6;  // float32 accumulation resolves no more energy than this
 
@@ -22,25 +25,27 @@ void dimensions(const std::string& name, const Array& array, int64_t count) {
                    shape(array.sizes));
 }
 
-void sizes(const std::string& name, const Array& array, const Sizes& expected) {
+void sizes(std::string_view text, const Array& array, const Sizes& expected) {
   if (array.sizes == expected) return;
+  const std::string name(text);
   throw WrongValue(name + " must have shape " + shape(expected) + ", found " + shape(array.sizes));
 }
 
 void factor(const std::string& name, const Array& array) {
   dimensions(name, array, 3);
   if (is_factor(array.scalar)) return;
-  throw WrongType(name + " must be bfloat16, float16, float32 or float64, found " + array.dtype);
+  throw WrongType(name + " must be bfloat16, float16, float32 or float64, found " +
+                  std::string(array.dtype));
 }
 
 void real(const std::string& name, const Array& array) {
   if (array.scalar == Scalar::fp32 || array.scalar == Scalar::fp64) return;
-  throw WrongType(name + " must be float32 or float64, found " + array.dtype);
+  throw WrongType(name + " must be float32 or float64, found "s + array.dtype);
 }
 
 void float64(const std::string& name, const Array& array) {
   if (array.scalar == Scalar::fp64) return;
-  throw WrongType(name + " must be float64, found " + array.dtype);
+  throw WrongType(name + " must be float64, found "s + array.dtype);
 }
 
 void precision(const std::string& value) {
@@ -96,10 +101,12 @@ void factor_list(const std::string& name, const Arrays& arrays, int64_t modules)
     if (array.dim() != 2) {
       throw WrongValue(at(name, i) + " must be a matrix, found shape " + shape(array.sizes));
     }
-    if (array.dtype != arrays[0].dtype) {
+    if (array.scalar != arrays[0].scalar) {
       throw WrongType(at(name, i) + " must be " + arrays[0].dtype + ", found " + array.dtype);
     }
-    sizes(at(name, i), array, arrays[i % clients].sizes);
+    if (array.sizes != arrays[i % clients].sizes) {
+      sizes(at(name, i), array, arrays[i % clients].sizes);
+    }
   }
 }
 
@@ -114,16 +121,16 @@ void list_pair(const Arrays& b, const Arrays& a, int64_t modules) {
     throw WrongType("b and a must have one dtype, found " + both(b[0].dtype, a[0].dtype));
   }
   for (size_t i = 0; i < b.size(); ++i) {
-    const std::string names = both(at("b", i), at("a", i));
+    const bool one_update = b[i].size(0) == b[0].size(0) && a[i].size(1) == a[0].size(1);
+    if (one_update && b[i].size(1) == a[i].size(0)) continue;
     const std::string found = both(shape(b[i].sizes), shape(a[i].sizes));
-    if (b[i].size(0) != b[0].size(0) || a[i].size(1) != a[0].size(1)) {
-      throw WrongValue(names + " must be factors of a " + std::to_string(b[0].size(0)) + " x " +
-                       std::to_string(a[0].size(1)) + " update, found " + found);
+    if (!one_update) {
+      throw WrongValue(both(at("b", i), at("a", i)) + " must be factors of a " +
+                       std::to_string(b[0].size(0)) + " x " + std::to_string(a[0].size(1)) +
+                       " update, found " + found);
     }
-    if (b[i].size(1) != a[i].size(0)) {
-      throw WrongValue(at("b", i) + " [m,r] and " + at("a", i) + " [r,n] must agree in r, found " +
-                       found);
-    }
+    throw WrongValue(at("b", i) + " [m,r] and " + at("a", i) + " [r,n] must agree in r, found " +
+                     found);
   }
 }
 
@@ -281,7 +288,9 @@ void flora_na_list(const Arrays& b, const Arrays& a, const Array& weights, const
     throw WrongValue("b and a must hold one tensor for each of the scalings " + shape(scale.sizes) +
                      ", found " + std::to_string(b.size()));
   }
-  for (size_t i = 0; i < b.size(); ++i) sizes(at("b", i), b[i], b[0].sizes);
+  for (size_t i = 0; i < b.size(); ++i) {
+    if (b[i].sizes != b[0].sizes) sizes(at("b", i), b[i], b[0].sizes);
+  }
 }
 
 void weighted_sum(const Array& stacked, const Array& weights) {
@@ -289,7 +298,7 @@ void weighted_sum(const Array& stacked, const Array& weights) {
     throw WrongValue("stacked must be [L,K,...], found shape " + shape(stacked.sizes));
   }
   if (!is_factor(stacked.scalar)) {
-    throw WrongType("stacked must be a floating type, found " + stacked.dtype);
+    throw WrongType("stacked must be a floating type, found "s + stacked.dtype);
   }
   real("weights", weights);
   const int64_t modules = stacked.size(0);
@@ -306,10 +315,12 @@ void weighted_sum_list(const Arrays& factors, const Array& weights) {
                      shape(weights.sizes) + ", found " + std::to_string(count));
   }
   for (size_t i = 0; i < factors.size(); ++i) {
-    sizes(at("factors", i), factors[i], factors[0].sizes);
+    if (factors[i].sizes != factors[0].sizes) {
+      sizes(at("factors", i), factors[i], factors[0].sizes);
+    }
     if (factors[i].scalar != factors[0].scalar || !is_factor(factors[i].scalar)) {
       throw WrongType(at("factors", i) + " must be " + factors[0].dtype +
-                      " (a floating type), found " + factors[i].dtype);
+                      " (a floating type), found "s + factors[i].dtype);
     }
   }
 }

@@ -177,8 +177,8 @@ void flora_na_list(const Host& host, const Arrays& b, const Arrays& a, const Arr
 
 void weighted_sum(const Host& host, const Array& stacked, const Array& weights) {
   checks::weighted_sum(stacked, weights);
-  Sizes sizes = stacked.sizes;
-  sizes.erase(sizes.begin() + 1);
+  Sizes sizes = {stacked.size(0)};
+  for (int64_t axis = 2; axis < stacked.dim(); ++axis) sizes.push_back(stacked.size(axis));
   void* out = host.allocate(stacked.scalar, sizes).data;
   const int64_t each = weights.dim() == 2 ? weights.size(1) : 0;
   cuda::weighted_sum(sources(host, stacked), {doubles(host, weights), each}, out, stream_of(host));
@@ -186,8 +186,8 @@ void weighted_sum(const Host& host, const Array& stacked, const Array& weights) 
 
 void weighted_sum_list(const Host& host, const Arrays& factors, const Array& weights) {
   checks::weighted_sum_list(factors, weights);
-  Sizes sizes = factors[0].sizes;
-  sizes.insert(sizes.begin(), weights.size(0));
+  Sizes sizes = {weights.size(0)};
+  for (const int64_t size : factors[0].sizes) sizes.push_back(size);
   void* out = host.allocate(factors[0].scalar, sizes).data;
   cuda::weighted_sum(sources(host, factors, weights.size(0)),
                      {doubles(host, weights), weights.size(1)}, out, stream_of(host));

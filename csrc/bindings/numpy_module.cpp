@@ -9,7 +9,12 @@
 
 #include <algorithm>
 #include <optional>
+#include <set>
 #include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "operators.h"
@@ -20,9 +25,8 @@ namespace fedlora {
 namespace {
 
 using Values = std::vector<py::array>;
-using MaxRank = std::optional<int64_t>;
 
-Scalar scalar_of(const std::string& name) {
+Scalar scalar_of(std::string_view name) {
   if (name == "bfloat16") return Scalar::bf16;
   if (name == "float16") return Scalar::fp16;
   if (name == "float32") return Scalar::fp32;
@@ -46,12 +50,24 @@ py::dtype dtype_of(Scalar scalar) {
   }
 }
 
+// A name for as long as the process lives; asking numpy for it takes microseconds, so that the
+// usual types are told by kind and size.
+const char* name_of(const py::dtype& dtype) {
+  if (dtype.kind() == 'f' && dtype.itemsize() == 4) return "float32";
+  if (dtype.kind() == 'f' && dtype.itemsize() == 8) return "float64";
+  if (dtype.kind() == 'f' && dtype.itemsize() == 2) return "float16";
+  static std::set<std::string> names;  // under the interpreter's lock
+  return names.insert(py::str(dtype.attr("name")).cast<std::string>()).first->c_str();
+}
+
 Array array_of(const py::array& array) {
-  const auto name = py::str(array.dtype().attr("name")).cast<std::string>();
-  const bool swapped = !array.dtype().attr("isnative").cast<bool>();
+  const py::dtype dtype = array.dtype();
+  const char* name = name_of(dtype);
+  const bool swapped = dtype.byteorder() != '=' && dtype.byteorder() != '|';
   // Strides that are no whole number of elements (a field of a record, say) have to be copied.
   const py::ssize_t size = std::max<py::ssize_t>(1, array.itemsize());  // a record may be empty
-  bool whole = !swapped && (py::cast<uintptr_t>(array.attr("ctypes").attr("data")) % size) == 0;
+  bool whole =
+      !swapped && reinterpret_cast<uintptr_t>(array.data()) % static_cast<size_t>(size) == 0;
   for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) whole &= array.strides(axis) % size == 0;
   if (!whole) {
     throw WrongValue("arrays must be aligned and in native byte order; copy them with numpy.array");
@@ -76,7 +92,8 @@ py::object results_of(int threads, F&& run) {
   Values results;
   const Host host = {[&](Scalar scalar, const Sizes& sizes) {
                        const py::gil_scoped_acquire lock;
-                       const py::array& made = results.emplace_back(dtype_of(scalar), sizes);
+                       const py::array& made = results.emplace_back(
+                           dtype_of(scalar), std::vector<int64_t>(sizes.begin(), sizes.end()));
                        return array_of(made);
                      },
                      threads};
@@ -90,115 +107,51 @@ py::object results_of(int threads, F&& run) {
   return all;
 }
 
-py::object gram(const py::array& x, bool rows, const std::string& precision, int threads) {
-  const Array view = array_of(x);
-  return results_of(threads,
-                    [&](const Host& host) { operators::gram(host, view, rows, precision); });
+// What Python hands over for an argument of an operator, and what the operator gets of it.
+template <class T>
+struct Argument {
+  using Handed = T;
+};
+template <>
+struct Argument<Array> {
+  using Handed = const py::array&;
+};
+template <>
+struct Argument<Arrays> {
+  using Handed = const Values&;
+};
+
+Array taken(const py::array& value) { return array_of(value); }
+Arrays taken(const Values& values) { return arrays_of(values); }
+template <class T>
+T taken(const T& value) {
+  return value;
 }
 
-py::object gram_list(const Values& x, int64_t modules, bool rows, const std::string& precision,
-                     int threads) {
-  const Arrays view = arrays_of(x);
-  return results_of(threads, [&](const Host& host) {
-    operators::gram_list(host, view, modules, rows, precision);
-  });
-}
+// An operator as a function of Python, its signature deduced: the operator's arguments, then how
+// many threads it may use.
+template <auto run, class = decltype(run)>
+struct Function;
 
-py::object spectrum(const py::array& gram_b, const py::array& gram_a, const py::array& scale,
-                    double energy, MaxRank max_rank, int threads) {
-  const Arrays views = arrays_of({gram_b, gram_a, scale});
-  return results_of(threads, [&](const Host& host) {
-    operators::spectrum(host, views[0], views[1], views[2], energy, max_rank);
-  });
-}
+template <auto run, class... T>
+struct Function<run, void (*)(const Host&, T...)> {
+  static py::object call(typename Argument<std::decay_t<T>>::Handed... arguments, int threads) {
+    const auto views = std::make_tuple(taken(arguments)...);
+    return results_of(threads, [&](const Host& host) {
+      std::apply([&](const auto&... view) { run(host, view...); }, views);
+    });
+  }
+};
 
-py::object select_rank(const py::array& sigma, const py::array& total_energy, double energy,
-                       MaxRank max_rank) {
-  const Arrays views = arrays_of({sigma, total_energy});
-  return results_of(1, [&](const Host& host) {
-    operators::select_rank(host, views[0], views[1], energy, max_rank);
-  });
-}
-
-py::object surrogate(const py::array& gram_b, const py::array& gram_a, const py::array& weights,
-                     const py::array& scale, int64_t max_sweeps, double tol, int threads) {
-  const Arrays views = arrays_of({gram_b, gram_a, weights, scale});
-  return results_of(threads, [&](const Host& host) {
-    operators::surrogate(host, views[0], views[1], views[2], views[3], max_sweeps, tol);
-  });
-}
-
-py::object combine(const py::array& b, const py::array& a, const py::array& x, const py::array& y,
-                   int threads) {
-  const Arrays views = arrays_of({b, a, x, y});
-  return results_of(threads, [&](const Host& host) {
-    operators::combine(host, views[0], views[1], views[2], views[3]);
-  });
-}
-
-py::object combine_list(const Values& b, const Values& a, const py::array& x, const py::array& y,
-                        int threads) {
-  const Arrays left = arrays_of(b);
-  const Arrays right = arrays_of(a);
-  const Arrays views = arrays_of({x, y});
-  return results_of(threads, [&](const Host& host) {
-    operators::combine_list(host, left, right, views[0], views[1]);
-  });
-}
-
-py::object weighted_sum(const py::array& stacked, const py::array& weights, int threads) {
-  const Arrays views = arrays_of({stacked, weights});
-  return results_of(threads,
-                    [&](const Host& host) { operators::weighted_sum(host, views[0], views[1]); });
-}
-
-py::object weighted_sum_list(const Values& factors, const py::array& weights, int threads) {
-  const Arrays list = arrays_of(factors);
-  const Array view = array_of(weights);
-  return results_of(threads,
-                    [&](const Host& host) { operators::weighted_sum_list(host, list, view); });
-}
-
-py::object stacked_svd(const py::array& b, const py::array& a, const py::array& scale,
-                       double energy, MaxRank max_rank, const std::string& precision, int threads) {
-  const Arrays views = arrays_of({b, a, scale});
-  return results_of(threads, [&](const Host& host) {
-    operators::stacked_svd(host, views[0], views[1], views[2], energy, max_rank, precision);
-  });
-}
-
-py::object stacked_svd_list(const Values& b, const Values& a, const py::array& scale, double energy,
-                            MaxRank max_rank, const std::string& precision, int threads) {
-  const Arrays left = arrays_of(b);
-  const Arrays right = arrays_of(a);
-  const Array view = array_of(scale);
-  return results_of(threads, [&](const Host& host) {
-    operators::stacked_svd_list(host, left, right, view, energy, max_rank, precision);
-  });
-}
-
-py::object flora_na(const py::array& b, const py::array& a, const py::array& weights,
-                    const py::array& scale, const std::string& precision, int threads) {
-  const Arrays views = arrays_of({b, a, weights, scale});
-  return results_of(threads, [&](const Host& host) {
-    operators::flora_na(host, views[0], views[1], views[2], views[3], precision);
-  });
-}
-
-py::object flora_na_list(const Values& b, const Values& a, const py::array& weights,
-                         const py::array& scale, const std::string& precision, int threads) {
-  const Arrays left = arrays_of(b);
-  const Arrays right = arrays_of(a);
-  const Arrays views = arrays_of({weights, scale});
-  return results_of(threads, [&](const Host& host) {
-    operators::flora_na_list(host, left, right, views[0], views[1], precision);
-  });
-}
+template <auto run>
+constexpr auto function = &Function<run>::call;
 
 }  // namespace
 }  // namespace fedlora
 
 PYBIND11_MODULE(_numpy, m) {
+  using fedlora::function;
+  namespace operators = fedlora::operators;
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
@@ -206,17 +159,17 @@ PYBIND11_MODULE(_numpy, m) {
       PyErr_SetString(PyExc_TypeError, mistake.what());
     }
   });
-  m.def("gram", &fedlora::gram);
-  m.def("gram_list", &fedlora::gram_list);
-  m.def("spectrum", &fedlora::spectrum);
-  m.def("select_rank", &fedlora::select_rank);
-  m.def("surrogate", &fedlora::surrogate);
-  m.def("combine", &fedlora::combine);
-  m.def("combine_list", &fedlora::combine_list);
-  m.def("weighted_sum", &fedlora::weighted_sum);
-  m.def("weighted_sum_list", &fedlora::weighted_sum_list);
-  m.def("stacked_svd", &fedlora::stacked_svd);
-  m.def("stacked_svd_list", &fedlora::stacked_svd_list);
-  m.def("flora_na", &fedlora::flora_na);
-  m.def("flora_na_list", &fedlora::flora_na_list);
+  m.def("gram", function<operators::gram>);
+  m.def("gram_list", function<operators::gram_list>);
+  m.def("spectrum", function<operators::spectrum>);
+  m.def("select_rank", function<operators::select_rank>);
+  m.def("surrogate", function<operators::surrogate>);
+  m.def("combine", function<operators::combine>);
+  m.def("combine_list", function<operators::combine_list>);
+  m.def("weighted_sum", function<operators::weighted_sum>);
+  m.def("weighted_sum_list", function<operators::weighted_sum_list>);
+  m.def("stacked_svd", function<operators::stacked_svd>);
+  m.def("stacked_svd_list", function<operators::stacked_svd_list>);
+  m.def("flora_na", function<operators::flora_na>);
+  m.def("flora_na_list", function<operators::flora_na_list>);
 }

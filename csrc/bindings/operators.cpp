@@ -270,8 +270,8 @@ void weighted_sum(const Host& host, const Array& stacked, const Array& weights) 
                         offset * bytes_of(factor_type(stacked.scalar)));
     }
   }
-  Sizes sizes = stacked.sizes;
-  sizes.erase(sizes.begin() + 1);
+  Sizes sizes = {stacked.size(0)};
+  for (int64_t axis = 2; axis < stacked.dim(); ++axis) sizes.push_back(stacked.size(axis));
   const std::vector<int64_t> strides(sources.size(), layout.stride);
   averages_of(host, sources, layout, strides, all.data(), host.allocate(stacked.scalar, sizes));
 }
@@ -288,14 +288,17 @@ void weighted_sum_list(const Host& host, const Arrays& factors, const Array& wei
   std::vector<Rows> views;
   std::vector<const void*> sources;
   std::vector<int64_t> strides;
+  views.reserve(factors.size());
+  sources.reserve(factors.size());
+  strides.reserve(factors.size());
   for (const Array& factor : factors) {
     const Array& view = views.emplace_back(factor, whole).array();
     sources.push_back(view.data);
     strides.push_back(layout_of(view, 0).stride);
   }
   layout = layout_of(views[0].array(), 0);
-  Sizes sizes = factors[0].sizes;
-  sizes.insert(sizes.begin(), weights.size(0));
+  Sizes sizes = {weights.size(0)};
+  for (const int64_t size : factors[0].sizes) sizes.push_back(size);
   const Doubles values(weights);
   averages_of(host, sources, layout, strides, values.get(),
               host.allocate(factors[0].scalar, sizes));

@@ -9,11 +9,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "operators.h"
@@ -33,24 +37,6 @@ namespace {
 using torch::stable::Tensor;
 using TorchType = torch::headeronly::ScalarType;
 using Tensors = std::vector<Tensor>;
-using MaxRank = std::optional<int64_t>;
-
-Scalar scalar_of(TorchType type) {
-  switch (type) {
-    case TorchType::BFloat16:
-      return Scalar::bf16;
-    case TorchType::Half:
-      return Scalar::fp16;
-    case TorchType::Float:
-      return Scalar::fp32;
-    case TorchType::Double:
-      return Scalar::fp64;
-    case TorchType::Long:
-      return Scalar::int64;
-    default:
-      return Scalar::other;
-  }
-}
 
 TorchType type_of(Scalar scalar) {
   switch (scalar) {
@@ -67,49 +53,63 @@ TorchType type_of(Scalar scalar) {
   }
 }
 
-// torch's Python name of a type, for messages.
-std::string name_of(TorchType type) {
-  switch (type) {
-    case TorchType::BFloat16:
-      return "torch.bfloat16";
-    case TorchType::Half:
-      return "torch.float16";
-    case TorchType::Float:
-      return "torch.float32";
-    case TorchType::Double:
-      return "torch.float64";
-    case TorchType::Long:
-      return "torch.int64";
-    case TorchType::Int:
-      return "torch.int32";
-    case TorchType::Short:
-      return "torch.int16";
-    case TorchType::Char:
-      return "torch.int8";
-    case TorchType::Byte:
-      return "torch.uint8";
-    case TorchType::Bool:
-      return "torch.bool";
-    case TorchType::ComplexFloat:
-      return "torch.complex64";
-    case TorchType::ComplexDouble:
-      return "torch.complex128";
-    default:
-      return std::string("torch.") + torch::headeronly::toString(type);
+// What an element type is called here and in messages. `code` is libtorch's own number for it,
+// which only a call through its shim tells; a list asks hundreds of times, so they are asked once.
+struct Type {
+  int32_t code;
+  Scalar scalar;
+  const char* name;  // torch's Python name
+};
+
+const Type& described(int32_t code) {
+  static const std::array known = {
+      Type{aoti_torch_dtype_float32(), Scalar::fp32, "torch.float32"},
+      Type{aoti_torch_dtype_bfloat16(), Scalar::bf16, "torch.bfloat16"},
+      Type{aoti_torch_dtype_float16(), Scalar::fp16, "torch.float16"},
+      Type{aoti_torch_dtype_float64(), Scalar::fp64, "torch.float64"},
+      Type{aoti_torch_dtype_int64(), Scalar::int64, "torch.int64"},
+      Type{aoti_torch_dtype_int32(), Scalar::other, "torch.int32"},
+      Type{aoti_torch_dtype_int16(), Scalar::other, "torch.int16"},
+      Type{aoti_torch_dtype_int8(), Scalar::other, "torch.int8"},
+      Type{aoti_torch_dtype_uint8(), Scalar::other, "torch.uint8"},
+      Type{aoti_torch_dtype_bool(), Scalar::other, "torch.bool"},
+      Type{aoti_torch_dtype_uint16(), Scalar::other, "torch.uint16"},
+      Type{aoti_torch_dtype_uint32(), Scalar::other, "torch.uint32"},
+      Type{aoti_torch_dtype_uint64(), Scalar::other, "torch.uint64"},
+      Type{aoti_torch_dtype_complex32(), Scalar::other, "torch.complex32"},
+      Type{aoti_torch_dtype_complex64(), Scalar::other, "torch.complex64"},
+      Type{aoti_torch_dtype_complex128(), Scalar::other, "torch.complex128"},
+      Type{aoti_torch_dtype_float8_e4m3fn(), Scalar::other, "torch.float8_e4m3fn"},
+      Type{aoti_torch_dtype_float8_e4m3fnuz(), Scalar::other, "torch.float8_e4m3fnuz"},
+      Type{aoti_torch_dtype_float8_e5m2fnuz(), Scalar::other, "torch.float8_e5m2fnuz"},
+      Type{aoti_torch_dtype_float8_e5m2(), Scalar::other, "torch.float8_e5m2"},
+  };
+  static const Type unknown = {-1, Scalar::other, "another type"};
+  for (const Type& type : known) {
+    if (type.code == code) return type;
   }
+  return unknown;
 }
 
 Array array_of(const Tensor& tensor) {
-  const TorchType type = tensor.scalar_type();
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
+  AtenTensorHandle handle = tensor.get();
+  int32_t code = 0;
+  int64_t dim = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &code));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  const Type& type = described(code);
   // Read only where it is an argument; const_data_ptr leaves copy-on-write tensors shared.
-  return {const_cast<void*>(tensor.const_data_ptr()), scalar_of(type), name_of(type),
-          Sizes(sizes.begin(), sizes.end()), Sizes(strides.begin(), strides.end())};
+  return {const_cast<void*>(tensor.const_data_ptr()), type.scalar, type.name,
+          Sizes(sizes, sizes + dim), Sizes(strides, strides + dim)};
 }
 
 Arrays arrays_of(const Tensors& tensors) {
   Arrays arrays;
+  arrays.reserve(tensors.size());
   for (const Tensor& tensor : tensors) arrays.push_back(array_of(tensor));
   return arrays;
 }
@@ -121,14 +121,22 @@ class Place {
   explicit Place(const T&... arguments) {
     (add(arguments), ...);
   }
-  const torch::stable::Device& device() const { return *device_; }
+  torch::stable::Device device() const { return first_->device(); }
 
  private:
   void add(const Tensor& tensor) {
-    if (!device_) device_ = tensor.device();
-    if (tensor.device() != *device_) {
-      throw std::runtime_error("all tensors must be on one device, found " + text(*device_) +
-                               " and " + text(tensor.device()));
+    int32_t type = 0;
+    int32_t index = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    if (first_ == nullptr) {
+      first_ = &tensor;
+      type_ = type;
+      index_ = index;
+    }
+    if (type != type_ || index != index_) {
+      throw std::runtime_error("all tensors must be on one device, found " +
+                               text(first_->device()) + " and " + text(tensor.device()));
     }
   }
   void add(const Tensors& tensors) {
@@ -141,129 +149,106 @@ class Place {
     return device.is_cpu() ? "cpu" : "cuda:" + std::to_string(device.index());
   }
 
-  std::optional<torch::stable::Device> device_;
+  const Tensor* first_ = nullptr;
+  int32_t type_ = 0;
+  int32_t index_ = 0;
 };
 
-auto converted(const Tensor& tensor) { return array_of(tensor); }
-auto converted(const Tensors& tensors) { return arrays_of(tensors); }
-auto converted(std::string_view text) { return std::string(text); }
+// What torch hands over for an argument of an operator, and what the operator gets of it.
 template <class T>
-auto converted(const T& value) {
+struct Argument {
+  using Handed = T;
+};
+template <>
+struct Argument<Array> {
+  using Handed = const Tensor&;
+};
+template <>
+struct Argument<Arrays> {
+  using Handed = const Tensors&;
+};
+template <>
+struct Argument<std::string> {
+  using Handed = std::string_view;
+};
+
+auto taken(const Tensor& tensor) { return array_of(tensor); }
+auto taken(const Tensors& tensors) { return arrays_of(tensors); }
+auto taken(std::string_view text) { return std::string(text); }
+template <class T>
+auto taken(const T& value) {
   return value;
 }
 
-// Runs an operator on its arguments and returns its N results. Mistakes become RuntimeErrors that
-// name it.
-template <size_t N, class F, class... T>
-auto results_of(const char* name, F run, const T&... arguments) {
-  Tensors results;
-  try {
-    const Place place(arguments...);
-    Host host = {[&](Scalar scalar, const Sizes& sizes) {
-                   results.push_back(
-                       torch::stable::empty(sizes, type_of(scalar), std::nullopt, place.device()));
-                   Array array = array_of(results.back());
-                   array.data = results.back().mutable_data_ptr();
-                   return array;
-                 },
-                 static_cast<int>(torch::stable::get_num_threads())};
-#if defined(FEDLORA_CUDA) || defined(FEDLORA_EMULATED)
-    const TorchDevice device(place.device());
-    host.device = device.memory();
-#endif
-    run(host, converted(arguments)...);
-  } catch (const std::exception& error) {
-    throw std::runtime_error(std::string("fedlora::") + name + ": " + error.what());
+// The first N results: one alone, several as a tuple.
+template <size_t N>
+auto returned(const Tensors& results) {
+  if constexpr (N == 1) {
+    return results[0];
+  } else {
+    return [&]<size_t... I>(std::index_sequence<I...>) {
+      return std::tuple(results[I]...);
+    }(std::make_index_sequence<N>());
   }
-  return [&]<size_t... I>(std::index_sequence<I...>) {
-    return std::tuple(results[I]...);
-  }(std::make_index_sequence<N>());
 }
 
-using Two = std::tuple<Tensor, Tensor>;
-using Three = std::tuple<Tensor, Tensor, Tensor>;
-using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+template <size_t N>
+struct Name {
+  constexpr Name(const char (&literal)[N]) { std::copy_n(literal, N, text); }
+  char text[N];
+};
 
-Tensor gram(const Tensor& x, bool rows, std::string_view precision) {
-  return std::get<0>(results_of<1>("gram", operators::gram, x, rows, precision));
-}
+// An operator as torch calls it, its signature deduced; N is how many results its schema has.
+// Mistakes become RuntimeErrors that name the operator.
+template <Name name, auto run, size_t N, class = decltype(run)>
+struct Kernel;
 
-Tensor gram_list(const Tensors& x, int64_t modules, bool rows, std::string_view precision) {
-  return std::get<0>(results_of<1>("gram_list", operators::gram_list, x, modules, rows, precision));
-}
-
-Five spectrum(const Tensor& gram_b, const Tensor& gram_a, const Tensor& scale, double energy,
-              MaxRank max_rank) {
-  return results_of<5>("spectrum", operators::spectrum, gram_b, gram_a, scale, energy, max_rank);
-}
-
-Tensor select_rank(const Tensor& sigma, const Tensor& total_energy, double energy,
-                   MaxRank max_rank) {
-  return std::get<0>(
-      results_of<1>("select_rank", operators::select_rank, sigma, total_energy, energy, max_rank));
-}
-
-Three surrogate(const Tensor& gram_b, const Tensor& gram_a, const Tensor& weights,
-                const Tensor& scale, int64_t max_sweeps, double tol) {
-  return results_of<3>("surrogate", operators::surrogate, gram_b, gram_a, weights, scale,
-                       max_sweeps, tol);
-}
-
-Two combine(const Tensor& b, const Tensor& a, const Tensor& x, const Tensor& y) {
-  return results_of<2>("combine", operators::combine, b, a, x, y);
-}
-
-Two combine_list(const Tensors& b, const Tensors& a, const Tensor& x, const Tensor& y) {
-  return results_of<2>("combine_list", operators::combine_list, b, a, x, y);
-}
-
-Tensor weighted_sum(const Tensor& stacked, const Tensor& weights) {
-  return std::get<0>(results_of<1>("weighted_sum", operators::weighted_sum, stacked, weights));
-}
-
-Tensor weighted_sum_list(const Tensors& factors, const Tensor& weights) {
-  return std::get<0>(
-      results_of<1>("weighted_sum_list", operators::weighted_sum_list, factors, weights));
-}
-
-Four stacked_svd(const Tensor& b, const Tensor& a, const Tensor& scale, double energy,
-                 MaxRank max_rank, std::string_view precision) {
-  return results_of<4>("stacked_svd", operators::stacked_svd, b, a, scale, energy, max_rank,
-                       precision);
-}
-
-Four stacked_svd_list(const Tensors& b, const Tensors& a, const Tensor& scale, double energy,
-                      MaxRank max_rank, std::string_view precision) {
-  return results_of<4>("stacked_svd_list", operators::stacked_svd_list, b, a, scale, energy,
-                       max_rank, precision);
-}
-
-Five flora_na(const Tensor& b, const Tensor& a, const Tensor& weights, const Tensor& scale,
-              std::string_view precision) {
-  return results_of<5>("flora_na", operators::flora_na, b, a, weights, scale, precision);
-}
-
-Five flora_na_list(const Tensors& b, const Tensors& a, const Tensor& weights, const Tensor& scale,
-                   std::string_view precision) {
-  return results_of<5>("flora_na_list", operators::flora_na_list, b, a, weights, scale, precision);
-}
+template <Name name, auto run, size_t N, class... T>
+struct Kernel<name, run, N, void (*)(const Host&, T...)> {
+  static auto call(typename Argument<std::decay_t<T>>::Handed... arguments) {
+    Tensors results;
+    try {
+      const Place place(arguments...);
+      Host host = {
+          [&](Scalar scalar, const Sizes& sizes) {
+            results.push_back(torch::stable::empty({sizes.data(), sizes.size()}, type_of(scalar),
+                                                   std::nullopt, place.device()));
+            Array array = array_of(results.back());
+            array.data = results.back().mutable_data_ptr();
+            return array;
+          },
+          static_cast<int>(torch::stable::get_num_threads())};
+#if defined(FEDLORA_CUDA) || defined(FEDLORA_EMULATED)
+      const TorchDevice device(place.device());
+      host.device = device.memory();
+#endif
+      run(host, taken(arguments)...);
+    } catch (const std::exception& error) {
+      throw std::runtime_error(std::string("fedlora::") + name.text + ": " + error.what());
+    }
+    return returned<N>(results);
+  }
+};
 
 }  // namespace
 }  // namespace fedlora
 
+// A row: the operator's name and how many results it has.
+#define FEDLORA_OPERATOR(name, results) \
+  m.impl(#name, TORCH_BOX((&fedlora::Kernel<#name, fedlora::operators::name, results>::call)))
+
 STABLE_TORCH_LIBRARY_IMPL(fedlora, FEDLORA_KEY, m) {
-  m.impl("gram", TORCH_BOX(&fedlora::gram));
-  m.impl("gram_list", TORCH_BOX(&fedlora::gram_list));
-  m.impl("spectrum", TORCH_BOX(&fedlora::spectrum));
-  m.impl("select_rank", TORCH_BOX(&fedlora::select_rank));
-  m.impl("surrogate", TORCH_BOX(&fedlora::surrogate));
-  m.impl("combine", TORCH_BOX(&fedlora::combine));
-  m.impl("combine_list", TORCH_BOX(&fedlora::combine_list));
-  m.impl("weighted_sum", TORCH_BOX(&fedlora::weighted_sum));
-  m.impl("weighted_sum_list", TORCH_BOX(&fedlora::weighted_sum_list));
-  m.impl("stacked_svd", TORCH_BOX(&fedlora::stacked_svd));
-  m.impl("stacked_svd_list", TORCH_BOX(&fedlora::stacked_svd_list));
-  m.impl("flora_na", TORCH_BOX(&fedlora::flora_na));
-  m.impl("flora_na_list", TORCH_BOX(&fedlora::flora_na_list));
+  FEDLORA_OPERATOR(gram, 1);
+  FEDLORA_OPERATOR(gram_list, 1);
+  FEDLORA_OPERATOR(spectrum, 5);
+  FEDLORA_OPERATOR(select_rank, 1);
+  FEDLORA_OPERATOR(surrogate, 3);
+  FEDLORA_OPERATOR(combine, 2);
+  FEDLORA_OPERATOR(combine_list, 2);
+  FEDLORA_OPERATOR(weighted_sum, 1);
+  FEDLORA_OPERATOR(weighted_sum_list, 1);
+  FEDLORA_OPERATOR(stacked_svd, 4);
+  FEDLORA_OPERATOR(stacked_svd_list, 4);
+  FEDLORA_OPERATOR(flora_na, 5);
+  FEDLORA_OPERATOR(flora_na_list, 5);
 }

@@ -95,6 +95,9 @@ Side::Side(const Arrays& list, int64_t modules, bool rows)
   const DType dtype = factor_type(scalar_);
   const auto clients = list.size() / static_cast<size_t>(modules);
   for (size_t k = 0; k < clients; ++k) rank_ += list[k].size(rows ? 0 : 1);
+  rows_.reserve(list.size());
+  parts_.reserve(list.size());
+  factors_.reserve(static_cast<size_t>(modules));
   for (const Array& array : list) {
     const Array& view = rows_.emplace_back(array).array();
     parts_.push_back({view.data, view.size(rows ? 0 : 1), view.stride(0)});

@@ -33,6 +33,9 @@ using Vector [[gnu::vector_size(FEDLORA_VECTOR_BYTES), gnu::aligned(alignof(T)),
 template <class T>
 constexpr int64_t kLanes = FEDLORA_VECTOR_BYTES / static_cast<int64_t>(sizeof(T));
 
+using Wide = Vector<double>;
+constexpr int64_t kWide = kLanes<double>;
+
 template <class T>
 constexpr int64_t kColumns = kVectors * kLanes<T>;
 
@@ -349,26 +352,84 @@ size_t combine_scratch(int64_t rank) {
 
 // Averages
 
+// As many consecutive numbers as a register of float64 holds, widened exactly.
+template <class T>
+using Lanes [[gnu::vector_size(FEDLORA_VECTOR_BYTES / 8 * sizeof(T)), gnu::aligned(alignof(T)),
+              gnu::may_alias]] = T;
+
+inline Wide load(const double* from) { return *reinterpret_cast<const Wide*>(from); }
+inline Wide load(const float* from) {
+  return __builtin_convertvector(*reinterpret_cast<const Lanes<float>*>(from), Wide);
+}
+inline Lanes<uint32_t> load_bits(const void* from) {
+  return __builtin_convertvector(*static_cast<const Lanes<uint16_t>*>(from), Lanes<uint32_t>);
+}
+inline Wide load(const BFloat16* from) {
+  const Lanes<uint32_t> bits = load_bits(from) << 16;
+  return __builtin_convertvector(reinterpret_cast<Lanes<float>>(bits), Wide);
+}
+inline Wide load(const Float16* from) {
+  const Lanes<uint32_t> bits = load_bits(from);
+  const Lanes<uint32_t> size = (bits & 0x7FFFU) << 13;
+  const Lanes<float> finite = reinterpret_cast<Lanes<float>>(size) * 0x1p112F;
+  const Lanes<uint32_t> special =
+      reinterpret_cast<Lanes<uint32_t>>(size >= 0x0F800000U) & 0x7F800000U;
+  const Lanes<uint32_t> all =
+      reinterpret_cast<Lanes<uint32_t>>(finite) | special | (bits & 0x8000U) << 16;
+  return __builtin_convertvector(reinterpret_cast<Lanes<float>>(all), Wide);
+}
+
+inline void store(Wide value, double* to) { *reinterpret_cast<Wide*>(to) = value; }
+inline void store(Wide value, float* to) {
+  *reinterpret_cast<Lanes<float>*>(to) = __builtin_convertvector(value, Lanes<float>);
+}
+constexpr int64_t kSums = 8;  // registers of sums: a source costs one load and no store
+
+// kSums registers of sums; source(k) gives client k's numbers.
+template <class S, class Source>
+[[gnu::always_inline]] inline void weighted_block(const double* weights, int64_t clients,
+                                                  const Source& source, S* out) {
+  Wide sums[kSums] = {};
+  for (int64_t k = 0; k < clients; ++k) {
+    const S* from = source(k);
+    FEDLORA_UNROLL
+    for (int64_t v = 0; v < kSums; ++v) sums[v] += load(from + v * kWide) * weights[k];
+  }
+  if constexpr (sizeof(S) > 2) {
+    FEDLORA_UNROLL
+    for (int64_t v = 0; v < kSums; ++v) store(sums[v], out + v * kWide);
+  } else {
+    double wide[kSums * kWide];
+    FEDLORA_UNROLL
+    for (int64_t v = 0; v < kSums; ++v) store(sums[v], wide + v * kWide);
+    for (int64_t i = 0; i < kSums * kWide; ++i) out[i] = narrow<S>(wide[i]);
+  }
+}
+
 void weighted_sum(DType dtype, const void* const* sources, const double* weights, int64_t clients,
                   int64_t count, void* out) {
   with_type(dtype, [&](auto sample) {
     using S = decltype(sample);
-    // 64 float64 sums: eight AVX-512 registers, so a source costs one load and no store.
-    constexpr int64_t kBlock = 64;
-    const auto block = [&](int64_t start, int64_t size) __attribute__((always_inline)) {
-      double sum[kBlock] = {};
-      for (int64_t k = 0; k < clients; ++k) {
-        const S* source = static_cast<const S*>(sources[k]) + start;
-        for (int64_t i = 0; i < size; ++i) {
-          sum[i] += weights[k] * static_cast<double>(wide(source[i]));
-        }
-      }
-      S* to = static_cast<S*>(out) + start;
-      for (int64_t i = 0; i < size; ++i) to[i] = narrow<S>(sum[i]);
-    };
-    int64_t start = 0;
-    for (; start + kBlock <= count; start += kBlock) block(start, kBlock);
-    if (start < count) block(start, count - start);
+    S* to = static_cast<S*>(out);
+    int64_t i = 0;
+    for (; i + kSums * kWide <= count; i += kSums * kWide) {
+      weighted_block<S>(
+          weights, clients, [&](int64_t k) { return static_cast<const S*>(sources[k]) + i; },
+          to + i);
+    }
+    if (i == count) return;
+    // The rest by the same instructions, so that a number's bits do not depend on its place.
+    S part[kSums * kWide] = {};
+    S result[kSums * kWide];
+    const auto bytes = static_cast<size_t>(count - i) * sizeof(S);
+    weighted_block<S>(
+        weights, clients,
+        [&](int64_t k) {
+          std::memcpy(part, static_cast<const S*>(sources[k]) + i, bytes);
+          return part;
+        },
+        result);
+    std::memcpy(to + i, result, bytes);
   });
 }
 
@@ -386,8 +447,6 @@ void narrow_all(DType dtype, const double* from, int64_t count, void* x) {
 
 // Small symmetric eigenproblems
 
-using Wide = Vector<double>;
-constexpr int64_t kWide = kLanes<double>;
 constexpr int64_t kTogether = 4;  // rows or columns that share what they load
 constexpr int64_t kBlock = kTogether > kWide ? kTogether : kWide;
 

@@ -211,7 +211,7 @@ void orthonormalise(int64_t n, int64_t count, double* vectors) {
 class Tridiagonal {
  public:
   Tridiagonal(int64_t n, double* m, double trace)
-      : n_(n), m_(m), diagonal_(n), beside_(n), tau_(n), values_(n) {
+      : n_(n), m_(m), trace_(trace), diagonal_(n), beside_(n), tau_(n), values_(n) {
     exponent_ = trace == 0 ? 0 : std::ilogb(trace);
     if (std::abs(exponent_) < kLargest) exponent_ = 0;
     if (exponent_ != 0) {
@@ -224,47 +224,58 @@ class Tridiagonal {
 
   Eigenpairs leading(double wanted, int64_t cap) {
     Eigenpairs found;
-    found.values = Buffer<double>(n_);
-    const Buffer<double> beside(n_);
-    std::copy_n(beside_.get(), n_ - 1, beside.get());
-    found.converged = lapack::tridiagonal_values(n_, values_.get(), beside.get());
-    if (!found.converged) return found;
-    int64_t needed = 0;
-    wanted = std::ldexp(wanted, -exponent_);
-    for (double sum = 0; needed < n_;) {
-      sum += values_[n_ - ++needed];
-      if (sum >= wanted || needed >= cap) break;
-    }
-    Buffer<double> ascending(n_ * needed);
-    if (kFewest * needed > n_ ||
-        !lapack::tridiagonal_vectors(n_, diagonal_.get(), beside_.get(), needed,
-                                     values_.get() + n_ - needed, ascending.get())) {
-      ascending = Buffer<double>(n_ * n_);
-      needed = n_;
+    int64_t count = needed(wanted, cap);
+    Buffer<double> ascending(n_ * count);
+    if (count < n_ && inverse_iteration(count, ascending.get())) {
+      kernels().apply_reflectors(n_, count, m_, tau_.get(), ascending.get());
+    } else {
+      if (count < n_) ascending = Buffer<double>(n_ * n_);
+      count = n_;
       std::copy_n(diagonal_.get(), n_, values_.get());
       found.converged =
           lapack::tridiagonal_eigen(n_, values_.get(), beside_.get(), ascending.get());
-    } else {
-      orthonormalise(n_, needed, ascending.get());
+      lapack::apply_tridiagonal_q(n_, n_, m_, tau_.get(), ascending.get());
     }
-    if (needed == n_) {
-      lapack::apply_tridiagonal_q(n_, needed, m_, tau_.get(), ascending.get());
-    } else {
-      kernels().apply_reflectors(n_, needed, m_, tau_.get(), ascending.get());
-    }
-    found.count = needed;
-    found.vectors = Buffer<double>(n_ * needed);
+    found.count = count;
+    found.values = Buffer<double>(n_);
+    found.vectors = Buffer<double>(n_ * count);
     std::fill_n(found.values.get(), n_, 0.0);
-    for (int64_t i = 0; i < needed; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       found.values[i] = std::ldexp(std::max(values_[n_ - 1 - i], 0.0), exponent_);
-      std::copy_n(ascending.get() + (needed - 1 - i) * n_, n_, found.vectors.get() + i * n_);
+      std::copy_n(ascending.get() + (count - 1 - i) * n_, n_, found.vectors.get() + i * n_);
     }
     return found;
   }
 
  private:
+  // How many eigenpairs reach `wanted` or `cap`, with all eigenvalues in values_; n where they are
+  // too many for one by one.
+  int64_t needed(double wanted, int64_t cap) const {
+    if (kFewest * cap > n_ && !(wanted < (1 - kConverged) * trace_)) return n_;
+    const Buffer<double> beside(n_);
+    std::copy_n(beside_.get(), n_ - 1, beside.get());
+    if (!lapack::tridiagonal_values(n_, values_.get(), beside.get())) return n_;
+    wanted = std::ldexp(wanted, -exponent_);
+    int64_t count = 0;
+    for (double sum = 0; count < n_;) {
+      sum += values_[n_ - ++count];
+      if (sum >= wanted || count >= cap) break;
+    }
+    return kFewest * count > n_ ? n_ : count;
+  }
+
+  bool inverse_iteration(int64_t count, double* ascending) const {
+    if (!lapack::tridiagonal_vectors(n_, diagonal_.get(), beside_.get(), count,
+                                     values_.get() + n_ - count, ascending)) {
+      return false;
+    }
+    orthonormalise(n_, count, ascending);
+    return true;
+  }
+
   const int64_t n_;
   double* const m_;
+  const double trace_;
   Buffer<double> diagonal_;
   Buffer<double> beside_;
   Buffer<double> tau_;

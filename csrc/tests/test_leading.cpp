@@ -33,6 +33,8 @@ Matrix with_spectrum(const Matrix& values, uint64_t seed) {
 }
 
 void check(const Matrix& values, double energy, int64_t cap, int64_t expected) {
+  CAPTURE(values.size());
+  CAPTURE(cap);
   const auto n = static_cast<int64_t>(values.size());
   const Matrix m = with_spectrum(values, 7);
   double trace = 0;
@@ -50,6 +52,11 @@ void check(const Matrix& values, double energy, int64_t cap, int64_t expected) {
       residual = std::max(residual, std::abs(image[i] - found.values[c] * vector[i]));
     }
     CHECK(residual <= 2e-9 * values[0]);
+    for (int64_t other = 0; other <= c; ++other) {
+      double inner = 0;
+      for (int64_t i = 0; i < n; ++i) inner += vector[i] * found.vectors[other * n + i];
+      CHECK(std::abs(inner - (other == c ? 1 : 0)) <= 1e-13);
+    }
   }
 }
 
@@ -77,6 +84,28 @@ TEST_CASE("the leading pairs, whatever follows them") {
   Matrix small(20);
   for (size_t i = 0; i < small.size(); ++i) small[i] = 20 - static_cast<double>(i);
   check(small, 1.0, 20, 20);
+}
+
+TEST_CASE("every size around the registers and tiles, few pairs, half and all of them") {
+  for (int64_t n = 1; n <= 70; n += n < 20 ? 1 : 7) {
+    for (const double ratio : {0.5, 0.9, 1.0}) {
+      Matrix values(static_cast<size_t>(n));
+      for (int64_t i = 0; i < n; ++i) values[i] = std::pow(ratio, static_cast<double>(i));
+      for (const int64_t cap : {int64_t{1}, n / 4 + 1, n / 2 + 1, n}) {
+        check(values, 1.0, cap, std::min(cap, ratio == 0.5 ? int64_t{30} : n));
+      }
+    }
+  }
+}
+
+TEST_CASE("matrices whose squares overflow or vanish") {
+  for (const double size : {1e-200, 1e200}) {
+    Matrix values(40);
+    for (size_t i = 0; i < values.size(); ++i)
+      values[i] = size * std::pow(0.7, static_cast<double>(i));
+    check(values, 1.0, 5, 5);
+    check(values, 1.0, 30, 30);
+  }
 }
 
 TEST_CASE("nothing, zeros and NaN") {

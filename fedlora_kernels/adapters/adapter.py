@@ -9,6 +9,7 @@ Module names are the model's own, without PEFT's prefix "base_model.model.".
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -349,4 +350,5 @@ def _factors(
             f"{who}, module {module}: factors have rank {a.shape[0]}, its {CONFIG_FILE} says "
             f"{expected}"
         )
-    return Factors(b, a, peft_format.scaling(config, module, a.shape[0]), embedding)
+    made = Factors(b, a, peft_format.scaling(config, module, a.shape[0]), embedding)
+    return replace(made, finite_at=made.version)

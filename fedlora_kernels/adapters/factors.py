@@ -1,7 +1,7 @@
 """Factors: one module's pair B, A with its scaling, and what can be done with the pair alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -38,6 +38,16 @@ class Factors:
     """alpha / r, or alpha / sqrt(r) with rsLoRA"""
     embedding: bool = False
     """saved as lora_embedding_A and lora_embedding_B; the weight is the update's transpose"""
+    finite_at: int = field(default=-1, repr=False, compare=False)
+    """:attr:`version` when all entries were seen to be finite; -1 where nobody looked"""
+
+    @property
+    def version(self) -> int:
+        """How often the tensors were written to; 0 where torch does not count (inference)."""
+        try:
+            return self.b._version + self.a._version
+        except RuntimeError:
+            return 0
 
     @cached_property
     def layout(self) -> Layout:

@@ -15,6 +15,9 @@ from fedlora_kernels import ops
 from fedlora_kernels.gram_space.batches import Batch, finite
 from fedlora_kernels.gram_space.grams import Grams, Spectrum
 
+Side = Tensor | Sequence[Tensor]
+"""One factor of every module: stacked [L,...], or one by one."""
+
 
 class Coefficients(Protocol):
     """A pair of factors as a function of the stacked factors; the update is scaling * B_g A_g."""
@@ -35,9 +38,7 @@ class Coefficients(Protocol):
     def y(self) -> Tensor:
         """Y, [L,p,R]."""
 
-    def factors(
-        self, batch: Batch, sends: str = "both"
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def factors(self, batch: Batch, sends: str = "both") -> tuple[Side, Side]:
         """B_g [m,p] and A_g [p,n] of every module in the batch's dtype.
 
         Args:
@@ -59,12 +60,9 @@ class Product:
         """1: the scalings are inside X and Y."""
         return torch.ones_like(self.ranks, dtype=torch.float64)
 
-    def factors(
-        self, batch: Batch, sends: str = "both"
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def factors(self, batch: Batch, sends: str = "both") -> tuple[Side, Side]:
         """combine."""
-        b, a = ops.combine_list(batch.list_b, batch.list_a, self.x, self.y)
-        return b.unbind(), a.unbind()
+        return ops.combine_list(batch.list_b, batch.list_a, self.x, self.y)
 
 
 @dataclass(frozen=True)
@@ -98,23 +96,23 @@ class Mixture:
     def _identity(self) -> Tensor:
         return torch.eye(self.rank, dtype=self.q.dtype, device=self.q.device)
 
-    def factors(
-        self, batch: Batch, sends: str = "both"
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def factors(self, batch: Batch, sends: str = "both") -> tuple[Side, Side]:
         """weighted_sum of the factors that travel. Where only A does, B is zero, since every client
         keeps its own; where only B does, A is the first client's, since all have that one.
         """
-        modules, step = len(batch.modules), len(batch.clients)
+        step = len(batch.clients)
         if sends == "a":
-            if not finite(batch.list_b):
+            if not (batch.seen_finite or finite(batch.list_b)):
                 batch.refuse_non_finite()
-            shape = (modules, batch.size[0], self.rank)
-            b = torch.zeros(shape, dtype=batch.dtype, device=batch.device)
+            b: Side = [
+                torch.zeros(batch.size[0], self.rank, dtype=batch.dtype, device=batch.device)
+                for _ in batch.modules
+            ]
         else:
             b = ops.weighted_sum_list(batch.list_b, self.q)
         if sends == "b":
-            return b.unbind(), [a.clone() for a in batch.list_a[::step]]
-        return b.unbind(), ops.weighted_sum_list(batch.list_a, self.p).unbind()
+            return b, [a.clone() for a in batch.list_a[::step]]
+        return b, ops.weighted_sum_list(batch.list_a, self.p)
 
 
 @dataclass(frozen=True)
@@ -229,6 +227,8 @@ def common_scaling(grams: Grams) -> tuple[Tensor, Tensor]:
     Clients of one scaling keep it; different scalings are folded into B and the result's is 1.
     """
     first = grams.scalings[:, :1]
+    if grams.batch.one_scaling:
+        return first[:, 0], torch.ones_like(grams.scalings)
     equal = (grams.scalings == first).all(-1) & (first[:, 0] != 0)
     scaling = torch.where(equal, first[:, 0], 1.0)
     return scaling, grams.scalings / scaling[:, None]

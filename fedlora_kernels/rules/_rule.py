@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
 from fedlora_kernels.adapters.error import AdapterError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from fedlora_kernels._aggregation import Aggregation
     from fedlora_kernels.adapters.adapter import Adapter
     from fedlora_kernels.gram_space.coefficients import Solution
     from fedlora_kernels.gram_space.grams import Grams
+
+
+R = TypeVar("R", bound="Rule")
 
 
 class Option(NamedTuple):
@@ -140,7 +141,7 @@ class Rule:
         }
 
     @classmethod
-    def with_options(cls, given: Mapping[str, Any]) -> Self:
+    def with_options(cls: type[R], given: Mapping[str, Any]) -> R:
         """The rule with these options; raises TypeError for one that it does not have."""
         for name in given:
             if name not in cls.options():

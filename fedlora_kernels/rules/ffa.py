@@ -53,23 +53,22 @@ class FFA(Rule):
         """
         from fedlora_kernels.adapters.peft_format import label
 
-        first: dict[str, int] = {}
-        pairs = [
-            (index, first.setdefault(module, index), module)
-            for index, adapter in enumerate(adapters)
-            for module in adapter.factors
-        ]
-
         def who(index: int) -> str:
             return label(index, adapters[index].name)
 
-        for index, owner, module in pairs:
-            rank, common = (adapters[k].factors[module].rank for k in (index, owner))
-            if rank != common:
-                raise self.unequal_rank(who(index), module, rank, who(owner), common)
-        for index, owner, module in pairs:
-            if not adapters[index].factors[module].same_a(adapters[owner].factors[module]):
-                raise AdapterError(
-                    f"{who(index)}, module {module}: A differs from {who(owner)}'s; ffa expects "
-                    "one fixed A in all clients (only B is trained)"
-                )
+        first: dict[str, int] = {}
+        for index, adapter in enumerate(adapters):
+            for module, factors in adapter.factors.items():
+                owner = first.setdefault(module, index)
+                if owner == index:
+                    continue
+                common = adapters[owner].factors[module]
+                if factors.rank != common.rank:
+                    raise self.unequal_rank(
+                        who(index), module, factors.rank, who(owner), common.rank
+                    )
+                if not factors.same_a(common):
+                    raise AdapterError(
+                        f"{who(index)}, module {module}: A differs from {who(owner)}'s; ffa "
+                        "expects one fixed A in all clients (only B is trained)"
+                    )

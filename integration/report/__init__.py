@@ -11,5 +11,5 @@ palette.py         colors and style of all figures, also those of benchmarks/
 page_filler.py     text between the marks of a page, also for benchmarks/
 pages.py           the README's quickstart section and the tables of docs/findings.md
 tracking.py        the same rounds for TensorBoard and Weights & Biases
-live.py            what follows a run while it runs: metrics.jsonl, a tracker, the screen
+live.py            where the rounds of a running comparison go
 """

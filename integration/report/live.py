@@ -1,6 +1,6 @@
-"""What follows a run while it runs: metrics.jsonl, a tracker, and the screen.
+"""Where the rounds of a running comparison go: metrics.jsonl, a tracker, and the screen.
 
-A terminal shows bars; other output (a file, a pipe) gets one line a round.
+A terminal shows bars. Other output (a file, a pipe) gets one line for each round.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from integration.settings import Settings
 
 
 class Live(AbstractContextManager["Live"]):
-    """The followers of all rules of a run."""
+    """Writes metrics.jsonl, feeds the tracker and shows the progress of a comparison."""
 
     def __init__(
         self, settings: Settings, rules: Sequence[flk.Rule], out: Path, console: Console
@@ -60,13 +60,13 @@ class Live(AbstractContextManager["Live"]):
         self._stack.close()
 
     def rule(self, rule: flk.Rule, federation: Federation) -> Observer:
-        """The followers of one rule's rounds under one seed."""
+        """An observer of one rule's rounds under one seed."""
         steps = _steps(federation, federation.settings.rounds)
         return _OneRule(self, rule, federation, self.bars.add_task(rule.title, total=steps))
 
 
 class _OneRule(Observer):
-    """Passes one rule's rounds on."""
+    """Passes one rule's rounds on to the files, the tracker and the screen."""
 
     def __init__(self, live: Live, rule: flk.Rule, federation: Federation, bar: TaskID) -> None:
         self._live = live

@@ -17,10 +17,10 @@ FirstRound = dict[str, list[Update]]
 
 
 class Observer:
-    """What is told of one rule's rounds; this one does nothing."""
+    """Receives the events of one rule's rounds; this class ignores them."""
 
     def restored(self, records: list[RoundRecord]) -> None:
-        """These rounds were finished by an earlier run."""
+        """An earlier run had finished these rounds."""
 
     def step(self) -> None:
         """A client has made an optimizer step."""
@@ -29,7 +29,7 @@ class Observer:
         """A round is finished, and its state is on the disk."""
 
     def warn(self, warning: str) -> None:
-        """The run goes on, but not with the bits of one that was never stopped."""
+        """A resumed run will not give the same bits as one that was never stopped."""
 
 
 def run_rounds(

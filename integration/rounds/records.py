@@ -126,8 +126,8 @@ def write_settings(out: Path, settings: Settings, start: Score) -> None:
 class Metrics:
     """metrics.jsonl: one line per seed, rule and round, appended when the round is finished.
 
-    A run that goes on tells the finished rounds again, in the same order. Lines that are in the
-    file already stay as they are. The first line that differs, or that was cut off when an earlier
+    A resumed run appends the finished rounds again, in the same order. A line that is in the file
+    already is not written again. The first line that differs, or that was cut off when an earlier
     run was killed, is removed with everything after it.
     """
 

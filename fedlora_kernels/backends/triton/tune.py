@@ -1,5 +1,6 @@
-"""Choose tiles on the present GPU: ``python -m fedlora_kernels.backends.triton.tune``
-with [FILE] [--continue].
+"""Choose tiles on the present GPU.
+
+    python -m fedlora_kernels.backends.triton.tune [FILE] [--continue]
 
 Every candidate runs the same few shapes, stacked, in bfloat16 and float32; the one with the
 smallest geometric mean of times is taken. A candidate that does not compile, does not fit or gives
