@@ -398,6 +398,7 @@ for kernel in ("weighted_sum", "combine"):
     print(kernel, tune.fastest(kernel, lambda run: 1.0, torch.device("cpu"), few, shapes))
 """
 """A rehearsal of the tuner: two candidates of two kernels, interpreted, on a clock that stands."""
+TUNER = ["-m", "fedlora_kernels.backends.triton.tune"]
 
 
 def tune(session: Session, wish: Wish) -> None:
@@ -409,12 +410,11 @@ def tune(session: Session, wish: Wish) -> None:
         command = [sys.executable, "-c", TUNED]
         session.run("tune", command, 120, FEDLORA_BACKEND="triton", TRITON_INTERPRET="1")
         return
-    command = [sys.executable, "-m", "fedlora_kernels.backends.triton.tune"]
-    command += [str(wish.folder / "tiles.json"), "--continue"]
+    command = [sys.executable, *TUNER, str(wish.folder / "tiles.json"), "--continue"]
     session.run("tune", command, session.left, FEDLORA_BACKEND="triton")
 
 
-FINETUNING = ("peft", "transformers", "typer", "rich")
+FINETUNING = ("click", "peft", "rich", "transformers")
 """Packages that the harness imports."""
 
 

@@ -183,6 +183,33 @@ def test_measuring_goes_on_in_another_process(
     assert on_gpu.ANOTHER_PROCESS == program.ANOTHER_PROCESS
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments", "backend", "says"),
+    [
+        (["-c", on_gpu.LOADS], ["cpu"], "composed", "composed cpu"),
+        (["-c", on_gpu.PROFILED], ["cpu"], "composed", ""),
+        (["-c", on_gpu.TUNED], [], "triton", "combine {"),
+        (on_gpu.TUNER, [], "composed", "tiles are measured on a GPU"),
+    ],
+    ids=["loads", "profiled", "tuned", "tuner"],
+)
+def test_programs_of_the_steps_run(
+    program: list[str], arguments: list[str], backend: str, says: str
+) -> None:
+    """What they import is where they look for it."""
+    environment = os.environ | {"FEDLORA_BACKEND": backend, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, *program, *arguments],
+        cwd=Path(on_gpu.__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == int(program is on_gpu.TUNER), done.stderr
+    assert says in done.stdout + done.stderr
+
+
 def test_one_architecture_for_one_device() -> None:
     assert on_gpu.architecture("9.0") == ["-DCMAKE_CUDA_ARCHITECTURES=90a-real"]
     assert on_gpu.architecture("8.0") == ["-DCMAKE_CUDA_ARCHITECTURES=80-real"]
