@@ -57,18 +57,19 @@ class FFA(Rule):
             return label(index, adapters[index].name)
 
         first: dict[str, int] = {}
-        for index, adapter in enumerate(adapters):
-            for module, factors in adapter.factors.items():
-                owner = first.setdefault(module, index)
-                if owner == index:
-                    continue
-                common = adapters[owner].factors[module]
-                if factors.rank != common.rank:
-                    raise self.unequal_rank(
-                        who(index), module, factors.rank, who(owner), common.rank
-                    )
-                if not factors.same_a(common):
-                    raise AdapterError(
-                        f"{who(index)}, module {module}: A differs from {who(owner)}'s; ffa "
-                        "expects one fixed A in all clients (only B is trained)"
-                    )
+        shared = [
+            (index, owner, module)
+            for index, adapter in enumerate(adapters)
+            for module in adapter.factors
+            if (owner := first.setdefault(module, index)) != index
+        ]
+        for index, owner, module in shared:
+            rank, common = (adapters[k].factors[module].rank for k in (index, owner))
+            if rank != common:
+                raise self.unequal_rank(who(index), module, rank, who(owner), common)
+        for index, owner, module in shared:
+            if not adapters[index].factors[module].same_a(adapters[owner].factors[module]):
+                raise AdapterError(
+                    f"{who(index)}, module {module}: A differs from {who(owner)}'s; {self.name} "
+                    "expects one fixed A in all clients (only B is trained)"
+                )
