@@ -268,9 +268,10 @@ def _factors(
     b_g, a_g = part.factors(batch, sends)
     if dtype is not None:
         b_g, a_g = ([factor.to(dtype) for factor in side] for side in (b_g, a_g))
+    computed = part.computed(sends)
     for name, side in (("b", b_g), ("a", a_g)):
-        # What does not travel was not computed: it is zero, or a client's own.
-        if sends in ("both", name) or not batch.seen_finite:
+        # What was not computed is zero, or what clients sent: finite when that was seen to be.
+        if dtype is not None or computed in ("both", name) or not batch.seen_finite:
             _refuse_overflow(batch, side)
     ranks, scalings = part.ranks.tolist(), part.scaling.tolist()
     for module, rank, scaling, b, a in zip(batch.modules, ranks, scalings, b_g, a_g, strict=True):

@@ -31,7 +31,7 @@ PEERS: Mapping[str, Sequence[Peer[Any]]] = {
     "fedit": (flower.PEER,),
     "ffa": (flower.PEER,),
     "fedsa": (flower.PEER,),
-    "flora": (torch_cat.PEER, torch_cat.SCALED),
+    "flora": (torch_cat.SCALED, torch_cat.PEER),
     "florist": (qr_core.PEER,),
     "flexlora": (qr_core.PEER,),
 }

@@ -38,6 +38,9 @@ class Coefficients(Protocol):
     def y(self) -> Tensor:
         """Y, [L,p,R]."""
 
+    def computed(self, sends: str) -> str:
+        """The factors that are computed, "both", "a" or "b"; the other is zero or copied."""
+
     def factors(self, batch: Batch, sends: str = "both") -> tuple[Side, Side]:
         """B_g [m,p] and A_g [p,n] of every module in the batch's dtype.
 
@@ -59,6 +62,10 @@ class Product:
     def scaling(self) -> Tensor:
         """1: the scalings are inside X and Y."""
         return torch.ones_like(self.ranks, dtype=torch.float64)
+
+    def computed(self, sends: str) -> str:
+        """Both."""
+        return "both"
 
     def factors(self, batch: Batch, sends: str = "both") -> tuple[Side, Side]:
         """combine."""
@@ -95,6 +102,10 @@ class Mixture:
     @property
     def _identity(self) -> Tensor:
         return torch.eye(self.rank, dtype=self.q.dtype, device=self.q.device)
+
+    def computed(self, sends: str) -> str:
+        """Those that travel."""
+        return sends
 
     def factors(self, batch: Batch, sends: str = "both") -> tuple[Side, Side]:
         """weighted_sum of the factors that travel. Where only A does, B is zero, since every client
@@ -149,6 +160,10 @@ class Stacked:
     def y(self) -> Tensor:
         """D."""
         return torch.diag_embed(self.scale)
+
+    def computed(self, sends: str) -> str:
+        """A; B is the clients' own."""
+        return "a"
 
     def factors(self, batch: Batch, sends: str = "both") -> tuple[list[Tensor], list[Tensor]]:
         """B as it is; each A_k scaled and rounded once: a weighted_sum of one term."""
