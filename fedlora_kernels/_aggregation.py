@@ -16,8 +16,9 @@ from fedlora_kernels.adapters import extras, folder, peft_format
 from fedlora_kernels.adapters.adapter import WRITTEN, Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
+from fedlora_kernels.adapters.finite import finite
 from fedlora_kernels.adapters.peft_format import label
-from fedlora_kernels.gram_space.batches import Batch, finite
+from fedlora_kernels.gram_space.batches import Batch
 from fedlora_kernels.gram_space.coefficients import Coefficients, Mixture, Side, Solution
 from fedlora_kernels.gram_space.grams import Grams
 from fedlora_kernels.gram_space.report import (
@@ -270,9 +271,14 @@ def _factors(
         b_g, a_g = ([factor.to(dtype) for factor in side] for side in (b_g, a_g))
     computed = part.computed(sends)
     for name, side in (("b", b_g), ("a", a_g)):
-        # What was not computed is zero, or what clients sent: finite when that was seen to be.
-        if dtype is not None or computed in ("both", name) or not batch.seen_finite:
+        is_computed = computed in ("both", name)
+        if is_computed or dtype is not None:
             _refuse_overflow(batch, side)
+        # The others are zero or copies: what was sent is looked at, unless that was done before.
+        if not (is_computed or batch.seen_finite):
+            sent = batch.list_b if name == "b" else batch.list_a
+            if not finite(sent):
+                batch.refuse_non_finite()
     ranks, scalings = part.ranks.tolist(), part.scaling.tolist()
     for module, rank, scaling, b, a in zip(batch.modules, ranks, scalings, b_g, a_g, strict=True):
         if rank < a.shape[0]:
@@ -282,7 +288,7 @@ def _factors(
 
 def _refuse_overflow(batch: Batch, factors: Side) -> None:
     """A finite sum has finite terms; only where the sum is not, look for what is at fault."""
-    if finite(factors):
+    if finite((factors,) if isinstance(factors, Tensor) else factors):
         return
     for module, factor in zip(batch.modules, factors, strict=True):
         if not bool(factor.isfinite().all()):

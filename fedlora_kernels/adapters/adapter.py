@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from fedlora_kernels.adapters import folder, peft_format
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors, fitted, of_vera
+from fedlora_kernels.adapters.finite import finite
 from fedlora_kernels.adapters.peft_format import PREFIX, Config
 from fedlora_kernels.ops import checks
 
@@ -306,11 +306,7 @@ def _refuse_tensor(who: str, key: str, tensor: Tensor) -> None:
 
 def _refuse_non_finite(who: str, tensors: Mapping[str, Tensor]) -> None:
     """A sum is NaN or Inf whenever an entry is; only then (or on overflow) look at each entry."""
-    sums: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors.values():
-        if tensor.is_floating_point():
-            sums.setdefault(tensor.device, []).append(tensor.sum())
-    if all(bool(torch.stack(found).isfinite().all()) for found in sums.values()):
+    if finite(tensor for tensor in tensors.values() if tensor.is_floating_point()):
         return
     for key, tensor in tensors.items():
         bad = int((~tensor.isfinite()).sum())

@@ -23,7 +23,8 @@ class Layout(NamedTuple):
     """r"""
     dtype_b: torch.dtype
     dtype_a: torch.dtype
-    device: torch.device
+    device_b: torch.device
+    device_a: torch.device
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Factors:
 
     @cached_property
     def layout(self) -> Layout:
-        """Shapes, dtypes and device, read once."""
-        (rows, _), (rank, columns) = self.b.shape, self.a.shape
-        return Layout(rows, columns, rank, self.b.dtype, self.a.dtype, self.b.device)
+        """Shapes, dtypes and devices, read once."""
+        (b, a), (rank, columns) = (self.b, self.a), self.a.shape
+        return Layout(b.shape[0], columns, rank, b.dtype, a.dtype, b.device, a.device)
 
     @property
     def rank(self) -> int:

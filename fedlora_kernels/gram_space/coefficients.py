@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import ops
-from fedlora_kernels.gram_space.batches import Batch, finite
+from fedlora_kernels.gram_space.batches import Batch
 from fedlora_kernels.gram_space.grams import Grams, Spectrum
 
 Side = Tensor | Sequence[Tensor]
@@ -113,8 +113,6 @@ class Mixture:
         """
         step = len(batch.clients)
         if sends == "a":
-            if not (batch.seen_finite or finite(batch.list_b)):
-                batch.refuse_non_finite()
             b: Side = [
                 torch.zeros(batch.size[0], self.rank, dtype=batch.dtype, device=batch.device)
                 for _ in batch.modules

@@ -129,20 +129,15 @@ class FLoRIST(Rule):
             return grams.spectrum
         if self.rank is not None:
             return grams.leading(max_rank=self._cap(grams))
-        self._resolvable(self.energy, grams)
         return grams.leading(self.energy, self._cap(grams))
 
     def _at(self, energy: float, grams: Grams, found: Spectrum) -> Tensor:
         """The ranks at a share of the energy: [L]."""
         from fedlora_kernels import ops
-
-        self._resolvable(energy, grams)
-        return ops.select_rank(found.sigma, found.total_energy, energy, self._cap(grams))
-
-    def _resolvable(self, energy: float, grams: Grams) -> None:
         from fedlora_kernels.ops import checks
 
         checks.resolvable(energy, grams.precision)
+        return ops.select_rank(found.sigma, found.total_energy, energy, self._cap(grams))
 
     def _split(self, found: Spectrum) -> tuple[Tensor, Tensor]:
         if self.split == "b":

@@ -1,0 +1,20 @@
+"""Whether numbers are finite, told by their sums: one pass, nothing written."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+ALONE = (1 << 15) - 64
+"""torch works on fewer than 2^15 elements on the calling thread. Where it wakes its own threads,
+they go on spinning beside ours: 16 ms instead of 0.3 for the sum of 48 modules, two cores."""
+
+
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers are finite; a sum that overflows also says no."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        whole = tensor.numel() <= ALONE or tensor.device.type != "cpu"
+        parts = (tensor,) if whole else tensor.flatten().split(ALONE)
+        sums.setdefault(tensor.device, []).extend(part.sum() for part in parts)
+    return all(bool(torch.stack(found).isfinite().all()) for found in sums.values())
