@@ -13,6 +13,7 @@ taken when something needs its result: a rule that only averages computes no Gra
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, overload
+from weakref import WeakSet
 
 import torch
 
@@ -62,6 +63,7 @@ class Round:
         agreement.check(self.clients)
         checks.precision(precision)
         self._absent, self._device, self._precision = absent, device, precision
+        self._made: WeakSet[Grams] = WeakSet()
         if not self.clients[0].vera:  # of VeRA, factors are made only for who asks for them
             _ = self.grams
 
@@ -137,8 +139,10 @@ class Round:
                 grams.forget()
 
     def keeps(self, grams: Grams) -> bool:
-        """Whether these matrices stay: all that the round holds, together with them, fits KEPT."""
-        others = sum(other.nbytes for other in self.grams if other is not grams)
+        """Whether these matrices stay: all that the round's batches hold, those that rules with
+        memory had it make included, fits KEPT together with them.
+        """
+        others = sum(other.nbytes for other in self._made if other is not grams)
         return others + grams.nbytes <= KEPT
 
     def joined(self, more: Sequence[tuple[Adapter, float]]) -> list[Grams]:
@@ -149,4 +153,6 @@ class Round:
 
     def _stacked(self, adapters: Sequence[Adapter], weights: torch.Tensor) -> list[Grams]:
         batches = stack(adapters, weights, absent=self._absent, device=self._device)
-        return [Grams(batch, self._precision) for batch in batches]
+        made = [Grams(batch, self._precision) for batch in batches]
+        self._made.update(made)
+        return made

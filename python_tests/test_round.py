@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass
@@ -274,6 +275,45 @@ def test_a_new_rule_is_one_file(tmp_path: Path) -> None:
 
 
 # memory
+
+
+@dataclass(frozen=True)
+class MomentumSVD(Momentum):
+    """The same, decomposed, which takes Gram matrices."""
+
+    name = "momentum_svd"
+
+    def solve(self, grams: Any) -> Any:
+        return flk.rules.FLoRIST(energy=1.0).solve(grams)
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["without_memory", "with_memory"])
+def test_what_a_round_keeps_does_not_grow_with_the_batches(
+    memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the batches that a rule with memory joins something to, and after the report."""
+    drawn = draw(sizes={f"layers.{i}.q": (9, 7) for i in range(6)}, ranks=(2, 2, 2))
+    last = drawn.aggregate("fedit").adapter
+    monkeypatch.setattr("fedlora_kernels.gram_space.batches.GRAM_BYTES", 0)
+    limit = 2 * 5 * 8 * 8 * 8  # two of the six batches: R = 8 and five matrices of each
+    monkeypatch.setattr("fedlora_kernels._round.KEPT", limit)
+    made: list[weakref.ref[torch.Tensor]] = []
+    original = flk.ops.gram_list
+
+    def counted(*arguments: Any, **more: Any) -> torch.Tensor:
+        gram = original(*arguments, **more)
+        made.append(weakref.ref(gram))
+        return gram
+
+    monkeypatch.setattr(flk.ops, "gram_list", counted)
+    round_ = round_of(drawn)
+    result = round_.aggregate(
+        MomentumSVD() if memory else "florist", carried=last if memory else None
+    )
+    for _ in range(2):
+        held = sum(gram.nbytes for found in made if (gram := found()) is not None)
+        assert 0 < held <= limit
+        assert result.report
 
 
 def test_gram_matrices_beyond_the_limit_are_computed_anew(

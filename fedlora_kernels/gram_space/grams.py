@@ -113,8 +113,10 @@ class Grams:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrices and spectra that are there."""
+        """Bytes of the R x R matrices that are there."""
         held = [] if self._matrices is None else [*self._matrices]
+        if "products" in self.__dict__:
+            held.append(self.products)
         for found in self._spectra.values():
             held += [found.left, found.right]
         return sum(tensor.nbytes for tensor in held)
