@@ -6,8 +6,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
 # The operators' tests, which run again on every backend that this machine can force.
-OPERATORS := gram spectrum rank surrogate combine weighted_sum stacked_svd flora_na
-OPERATOR_TESTS := -m 'not slow' $(OPERATORS:%=python_tests/test_%.py)
+OPERATOR_TESTS := -m 'not slow' python_tests/ops
 
 # One process a core, one thread each. A file's tests stay together where its fixtures train or build
 # something; the operators' are dealt out one by one, so that no core is left waiting.
@@ -57,7 +56,7 @@ test-backends: env
 test-slow: env
 	$(PYTEST) $(BY_FILE) -m slow
 
-# Needs doctest (Debian: doctest-dev). Address and undefined behaviour first, then races; the CUDA
+# Needs doctest (Debian: doctest-dev). Address and undefined behavior first, then races; the CUDA
 # kernels in three orders of their threads; their operators with addresses checked.
 test-cpp: env
 	for preset in address thread emulated emulated-address; do \
@@ -66,7 +65,7 @@ test-cpp: env
 	done
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))" \
 	ASAN_OPTIONS=detect_leaks=0 FEDLORA_BACKEND=cuda-emulated FEDLORA_LIBRARIES=$(EMULATED)-address/csrc/bindings \
-		$(BIN)/python -m pytest $(foreach stage,gram combine stacked_svd,python_tests/test_$(stage).py) \
+		$(BIN)/python -m pytest $(foreach stage,gram combine stacked_svd,python_tests/ops/test_$(stage).py) \
 		-k 'non_contiguous or bad_arguments or (list_is_the_stack and (primes or heterogeneous or wide_stack))'
 
 check: env

@@ -2,7 +2,7 @@
 
     python -m benchmarks.figures [--results benchmarks/results] [--readme README.md]
 
-Colours are Okabe and Ito's, which every kind of colour vision separates; markers and labels at the
+Colors are Okabe and Ito's, which every kind of color vision separates; markers and labels at the
 lines' ends say the same again.
 """
 
@@ -38,7 +38,7 @@ LINES = {
     "flora_na": (PURPLE, "v"),
     "three SVDs": (ORANGE, "X"),
 }
-"""Colour and marker of every line."""
+"""Color and marker of every line."""
 
 ACROSS = 3
 """Growth curves beside each other."""
@@ -76,10 +76,10 @@ def speedups(acceptance: Mapping[str, Any]) -> Figure:
     ]
     for panel, peer in zip(axes, panels, strict=True):
         widest = 0.0
-        for offset, (precision, colour) in enumerate((("exact", BLUE), ("fast", ORANGE))):
+        for offset, (precision, color) in enumerate((("exact", BLUE), ("fast", ORANGE))):
             values = [case["times_as_long_as"][precision].get(peer) or 0.0 for case in summary]
             places = [index + 0.38 * (offset - 0.5) for index in range(len(summary))]
-            panel.barh(places, values, height=0.34, color=colour, label=precision)
+            panel.barh(places, values, height=0.34, color=color, label=precision)
             for place, value in zip(places, values, strict=True):
                 text = f"{value:.1f}" if value else "no time"
                 panel.text(value, place, f" {text}", va="center", color=INK)
@@ -134,7 +134,7 @@ def growth(scaling: Mapping[str, Any]) -> Figure:
 
 
 def _times(axes: Axes, curve: Mapping[str, Any]) -> None:
-    for name, (colour, marker) in LINES.items():
+    for name, (color, marker) in LINES.items():
         points = [
             (point["x"], point["seconds"][name])
             for point in curve["points"]
@@ -145,7 +145,7 @@ def _times(axes: Axes, curve: Mapping[str, Any]) -> None:
         slope = curve["exponents"].get(name)
         label = name if slope is None else f"{name}  ~ {curve['axis']}^{slope:.1f}"
         xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
+        axes.plot(xs, ys, color=color, marker=marker, markersize=4, linewidth=1.6, label=label)
     _logarithmic(axes, duration)
     axes.legend(loc="upper left", fontsize=7.5, handlelength=1.6, borderpad=0.1, labelspacing=0.3)
     low, high = axes.get_ylim()
@@ -210,8 +210,8 @@ def floors(suites: Mapping[str, Mapping[str, Any]]) -> Figure:
             f"{stage}   {row['modules']} x {row['m']}x{row['n']}, {row['ranks']}, "
             f"{row['dtype']}{family}"
         )
-        for mine, colour, marker in zip(ours[:2], (BLUE, ORANGE), ("o", "s"), strict=False):
-            axes.plot(100 * mine["share_of_floor"], place, marker, color=colour, markersize=6)
+        for mine, color, marker in zip(ours[:2], (BLUE, ORANGE), ("o", "s"), strict=False):
+            axes.plot(100 * mine["share_of_floor"], place, marker, color=color, markersize=6)
         if theirs:
             best = max(peer["share_of_floor"] for peer in theirs)
             axes.plot(100 * best, place, "D", color=INK, markerfacecolor="none", markersize=5)
@@ -223,12 +223,12 @@ def floors(suites: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
     axes.set_xlabel("share of the floor (logarithmic; above 100 % the inputs were in cache)")
     axes.axvline(100, color=INK, linewidth=1)
-    for label, colour, marker, fill in (
+    for label, color, marker, fill in (
         ("exact (spectrum: energy 0.9; combine: float64; weighted_sum: stacked)", BLUE, "o", BLUE),
         ("fast (all components; float32; listed)", ORANGE, "s", ORANGE),
         ("best peer", INK, "D", "none"),
     ):
-        axes.plot([], [], marker, color=colour, markerfacecolor=fill, markersize=6, label=label)
+        axes.plot([], [], marker, color=color, markerfacecolor=fill, markersize=6, label=label)
     figure.legend(loc="outside upper left", ncols=3, fontsize=7.5, columnspacing=1)
     return figure
 

@@ -244,7 +244,7 @@ def pytest(chosen: str, names: Sequence[str], *, parallel: bool) -> list[str]:
         command += ["-n", str(processes), "--dist", "worksteal"]
     if chosen:
         command += ["-k", chosen]
-    return command + [f"python_tests/test_{name}.py" for name in names]
+    return command + [f"python_tests/ops/test_{name}.py" for name in names]
 
 
 def tests(session: Session, wish: Wish) -> None:

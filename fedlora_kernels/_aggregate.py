@@ -37,7 +37,7 @@ def aggregate(
             None.
         device: where the work is done; where the adapters are when None.
         absent: what a client without a module counts as: "zero", a zero update, or
-            "renormalise", as if it were not there.
+            "renormalize", as if it were not there.
         precision: "exact" (float64 accumulation) or "fast" (float32 with promotion).
         carried: ``result.carried`` of the last round, for a rule with memory.
         uniform_rank: pad every module with zeros to one rank, for servers that ignore PEFT's

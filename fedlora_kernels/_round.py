@@ -38,7 +38,7 @@ class Round:
         adapters: the K clients; they are not changed, and must not be while the round is in use.
         weights: the clients' weights (numbers of examples, say), scaled to sum to 1; equal when
             None.
-        absent: what a client without a module counts as: "zero", a zero update, or "renormalise",
+        absent: what a client without a module counts as: "zero", a zero update, or "renormalize",
             as if it were not there.
         device: where the work is done; where the adapters are when None.
         precision: "exact" (float64 accumulation) or "fast" (float32 with promotion).

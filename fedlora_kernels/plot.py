@@ -17,12 +17,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from fedlora_kernels._inspect import Inspection
 
-# Okabe and Ito's colours, told apart with every common colour blindness; yellow is left out,
+# Okabe and Ito's colors, told apart with every common color blindness; yellow is left out,
 # which is too faint for a line on white. A second round of them is dashed.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _STYLES = ("-", "--", ":", "-.")
-_GREY = "#666666"
-# Numbers in the cells are legible up to here; beyond, the colours speak alone.
+_GRAY = "#666666"
+# Numbers in the cells are legible up to here; beyond, the colors speak alone.
 _NUMBERED = 12
 _ALL = 0.999
 _LABEL = 18
@@ -113,13 +113,13 @@ def _energy(axes: Any, found: Inspection) -> None:
     low, high = axes.get_ylim()
     heights = _apart([(share - low) / (high - low) for share in found.energies], 0.045)
     for share, height in zip(found.energies, heights, strict=True):
-        axes.axhline(share, color=_GREY, linewidth=0.6, linestyle=(0, (1, 3)), zorder=0)
+        axes.axhline(share, color=_GRAY, linewidth=0.6, linestyle=(0, (1, 3)), zorder=0)
         axes.annotate(
             f"{share:g}",
             (1.015, height),
             xycoords="axes fraction",
             fontsize=8,
-            color=_GREY,
+            color=_GRAY,
             va="center",
             annotation_clip=False,
         )
@@ -132,8 +132,8 @@ def _lines(found: Inspection) -> list[Line]:
     lines = []
     for index, projection in enumerate(live):
         style: dict[str, Any] = {
-            "color": _COLOURS[index % len(_COLOURS)],
-            "linestyle": _STYLES[index // len(_COLOURS) % len(_STYLES)],
+            "color": _COLORS[index % len(_COLORS)],
+            "linestyle": _STYLES[index // len(_COLORS) % len(_STYLES)],
             "linewidth": 1.6,
             "marker": "o" if longest <= 24 else None,
             "markersize": 3,
@@ -236,4 +236,4 @@ def _frame(axes: Any, right: float | None = None) -> None:
 
 def _say(axes: Any, text: str) -> None:
     axes.set_axis_off()
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=_GREY)
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=_GRAY)

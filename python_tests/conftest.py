@@ -26,17 +26,6 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
-OPERATOR_TESTS = {
-    "test_combine",
-    "test_flora_na",
-    "test_gram",
-    "test_rank",
-    "test_spectrum",
-    "test_stacked_svd",
-    "test_surrogate",
-    "test_weighted_sum",
-}
-
 
 @pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest) -> str:
@@ -53,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Put the backend's name into the ids of the operators' tests."""
-    if metafunc.module.__name__.rpartition(".")[2] in OPERATOR_TESTS:
+    if metafunc.definition.path.parent.name == "ops":
         metafunc.parametrize("backend", [flk.backend()], indirect=True)
 
 

@@ -26,13 +26,13 @@ def adam(task: Surrogate, rate: float) -> tuple[Tensor, Tensor]:
         size = target.square().sum()
         weights = stacks.weights.to(target.dtype)
         p, q = weights.clone().requires_grad_(), weights.clone().requires_grad_()
-        optimiser = torch.optim.Adam([p, q], lr=rate)
+        optimizer = torch.optim.Adam([p, q], lr=rate)
         for _ in range(task.steps):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             product = (q @ blocks_b).view(shape_b) @ (p @ blocks_a).view(shape_a)
             loss = (target - product).square().sum() / size
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         found_p.append(p.detach().double())
         found_q.append(q.detach().double())
     return torch.stack(found_p), torch.stack(found_q)

@@ -1,4 +1,4 @@
-"""Where the peers that factorise cut: cumulative sums of squared singular values."""
+"""Where the peers that factorize cut: cumulative sums of squared singular values."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""A randomised SVD of the dense update at a fixed rank, with torch's two power iterations."""
+"""A randomized SVD of the dense update at a fixed rank, with torch's two power iterations."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from benchmarks.stand.peer import Peer, Prepared
 from benchmarks.stand.tasks import Truncation
 
 EXCESS = 0.05
-"""Two power iterations leave a randomised SVD some percent above the optimum."""
+"""Two power iterations leave a randomized SVD some percent above the optimum."""
 
 
 def svd_lowrank(task: Truncation) -> list[Pair]:
@@ -33,7 +33,7 @@ PEER = Peer(
     "torch.svd_lowrank (Halko et al., arXiv 0909.4061) on the dense update",
     lambda task: Prepared(
         lambda: svd_lowrank(task),
-        note=f"fixed rank {task.fixed_rank}, randomised",
+        note=f"fixed rank {task.fixed_rank}, randomized",
         facts=task.facts,
     ),
     check,

@@ -26,7 +26,7 @@ EXACT = 1e-11
 """What float64 accumulation owes at a stacked rank of 2048: R * eps = 5e-13, and room."""
 
 ENERGY_EXACT = 1e-9
-"""What a float64 factorisation of Gram matrices owes to an error's square."""
+"""What a float64 factorization of Gram matrices owes to an error's square."""
 
 OUTPUT_EPS = {
     torch.float64: PRODUCT,

@@ -3,7 +3,7 @@
     floor = max(bytes / copy bandwidth, flops_64 / GEMM rate_64 + flops_32 / GEMM rate_32)
 
 Bytes count each input once and each output once. Flops count the cheapest way that is known: a
-symmetric product once (R^2 d per Gram matrix), LAPACK's counts for factorisations (LAPACK Working
+symmetric product once (R^2 d per Gram matrix), LAPACK's counts for factorizations (LAPACK Working
 Note 41). A share above 1 means that the inputs were still in a cache.
 """
 

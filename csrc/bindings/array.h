@@ -82,7 +82,7 @@ struct DeviceMemory {
 };
 
 // Where an operator puts its results and how many threads it may use. allocate() gives contiguous,
-// uninitialised arrays; results are handed back in the order in which they were asked for.
+// uninitialized arrays; results are handed back in the order in which they were asked for.
 struct Host {
   std::function<Array(Scalar, const Sizes&)> allocate;
   int threads;

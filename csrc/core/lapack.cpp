@@ -59,7 +59,7 @@ namespace {
 }();
 
 constexpr Int kStep = 1;
-constexpr Int kBlock = 32;  // columns a blocked factorisation works on at once
+constexpr Int kBlock = 32;  // columns a blocked factorization works on at once
 
 const char* transposed(bool yes) { return yes ? "T" : "N"; }
 Int leading(Int n) { return std::max<Int>(n, 1); }

@@ -62,11 +62,11 @@ class Krylov {
       state = state * 6364136223846793005ULL + 1442695040888963407ULL;
       basis_[i] = static_cast<double>(state >> 11) * 0x1p-53 - 0.5;
     }
-    orthonormalise(basis_.get());
+    orthonormalize(basis_.get());
   }
 
   // Q and R of one block; R goes to upper_.
-  void orthonormalise(double* block) {
+  void orthonormalize(double* block) {
     lapack::qr(n_, kBlock, block, tau_.get());
     for (int64_t j = 0; j < kBlock; ++j) {
       for (int64_t i = 0; i < kBlock; ++i) {
@@ -91,12 +91,12 @@ class Krylov {
       }
     }
     project(next);
-    orthonormalise(next);
+    orthonormalize(next);
     std::copy_n(upper_.get(), kBlock * kBlock, tie_);
     // A block that lies in the space already leaves noise: clean it until it is orthogonal.
     for (int64_t pass = 2; pass < kPasses; ++pass) {
       project(next);
-      orthonormalise(next);
+      orthonormalize(next);
       double least = 1;
       for (int64_t i = 0; i < kBlock; ++i) {
         least = std::min(least, std::abs(upper_[i * kBlock + i]));
@@ -198,7 +198,7 @@ class Krylov {
 };
 
 // V (3 - V^T V) / 2: columns that are orthonormal to 1e-8 become so to rounding.
-void orthonormalise(int64_t n, int64_t count, double* vectors) {
+void orthonormalize(int64_t n, int64_t count, double* vectors) {
   const Buffer<double> products(count * count);
   const Buffer<double> copy(n * count);
   std::copy_n(vectors, n * count, copy.get());
@@ -269,7 +269,7 @@ class Tridiagonal {
                                      values_.get() + n_ - count, ascending)) {
       return false;
     }
-    orthonormalise(n_, count, ascending);
+    orthonormalize(n_, count, ascending);
     return true;
   }
 

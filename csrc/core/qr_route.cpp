@@ -62,7 +62,7 @@ struct Side {
     for (int64_t i = 0; i < depth; ++i) data[column * depth + i] *= factor;
   }
 
-  void factorise() { lapack::qr(depth, rank, data.get(), tau.data()); }
+  void factorize() { lapack::qr(depth, rank, data.get(), tau.data()); }
 
   // R, column-major [small, R], its columns times scale where there is one.
   Buffer<double> upper(const double* scale) const {
@@ -115,7 +115,7 @@ void svd_by_qr(const Factors& b, const Factors& a, const double* scale, const Sv
   const double squared = static_cast<double>(rank) * static_cast<double>(rank);
   const double flops = 2 * squared * static_cast<double>(b.depth + a.depth);
   parallel_for(2, team(flops / kSpeed, threads),
-               [&](int64_t side) { (side == 0 ? left : right).factorise(); });
+               [&](int64_t side) { (side == 0 ? left : right).factorize(); });
 
   const int64_t rows = left.small();
   const int64_t columns = right.small();

@@ -4,7 +4,7 @@
 //   G V = W (S^2 + t)^1/2    one-sided Jacobi, without accumulating V
 //
 // Rounding, and float32 sums, leave M indefinite by a small share of its trace or of the terms that
-// cancelled in it (`size`); shifted by more than that it is positive definite, and subtracting t
+// canceled in it (`size`); shifted by more than that it is positive definite, and subtracting t
 // again costs nothing the matrix knew. G's columns, in the order of the pivots, need two thirds of
 // the sweeps that M's own would (9 instead of 13 at n = 128 for clients that share A's start).
 //

@@ -7,7 +7,7 @@
 // Precision  Exact: float64 tensor cores. Fast: bf16 and fp16 as they are, fp32 as the sum of two
 //            tf32 (three products, the fourth is under 2^-24), float32 sums of one stage (64 terms,
 //            32 for fp32) added up in float64: tensor cores cut float32 sums off instead of
-//            rounding them, a bias that longer sums would carry into cancelling clients, and the
+//            rounding them, a bias that longer sums would carry into canceling clients, and the
 //            additions (32 a thread and stage) hide behind the products. float64 data is always
 //            exact.
 // Order      Shares of the depth are added up in their order by a second kernel, so that results

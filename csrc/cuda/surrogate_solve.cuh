@@ -82,7 +82,7 @@ __device__ inline void least_norm_solve(int n, const double* h, double* x,
     if (thread < 32) solve_factored(n, n, l, memory.pivot, x, memory.work);
     __syncthreads();
   } else {
-    __syncthreads();  // the diagonal is read to the end of the factorisation
+    __syncthreads();  // the diagonal is read to the end of the factorization
     double* inner = memory.inner;
     for (int j = thread / 32; j < kept; j += threads / 32) {
       const double* column = l + j * n;

@@ -38,7 +38,7 @@ Stack family(const std::string& kind, int64_t m, int64_t n, int64_t clients, int
       const double first = stack.a[k % r * n + j];
       if (kind == "shared start" && client > 0) value = first + 1e-3 * value;
       if (kind == "duplicates" && client > 0) value = first;
-      if (kind.ends_with("cancelling") && client > 0) value = first;
+      if (kind.ends_with("canceling") && client > 0) value = first;
       if (kind == "zero") value = 0;
       if (kind == "badly scaled" && client == 0) value *= 1e-8;
       if (kind == "tiny") value *= 1e-60;
@@ -48,10 +48,10 @@ Stack family(const std::string& kind, int64_t m, int64_t n, int64_t clients, int
       double& value = stack.b[i * rank + k];
       if (kind == "badly scaled" && client == 0) value *= 1e8;
       if (kind == "duplicates" && client > 0) value = stack.b[i * rank + k % r];
-      if (kind == "cancelling" && client > 0) {
+      if (kind == "canceling" && client > 0) {
         value = (client % 2 == 0 ? 1 : -1) * stack.b[i * rank + k % r];
       }
-      if (kind == "nearly cancelling" && client == 1) {
+      if (kind == "nearly canceling" && client == 1) {
         value = 1e-3 * value - stack.b[i * rank + k % r];
       }
       if (kind == "no B" && client == 1) value = 0;
@@ -170,7 +170,7 @@ void check(const std::string& kind, int64_t clients, int64_t r, int64_t m = 53, 
 
 TEST_CASE("spectrum on the device: every family") {
   for (const char* kind :
-       {"independent", "shared start", "duplicates", "cancelling", "nearly cancelling", "zero",
+       {"independent", "shared start", "duplicates", "canceling", "nearly canceling", "zero",
         "badly scaled", "tiny", "huge", "no B", "graded", "no weight", "signed"}) {
     check(kind, 3, 5);
     check(kind, 1, 1);
@@ -190,7 +190,7 @@ TEST_CASE("spectrum on the device: clusters of 2, 4 and 8 blocks, and the vendor
   for (const int capability : {90, 80}) {
     CAPTURE(capability);
     const emulator::Setting setting({132, 18000, capability});
-    for (const char* kind : {"independent", "shared start", "cancelling"}) {
+    for (const char* kind : {"independent", "shared start", "canceling"}) {
       check(kind, 5, 12);
       check(kind, 1, 79);
     }
@@ -208,7 +208,7 @@ TEST_CASE("spectrum on the device: A100") {
 }
 
 TEST_CASE("spectrum on the device: modules do not mix, and the threads' order changes no bit") {
-  const char* kinds[] = {"independent", "zero", "shared start", "tiny", "cancelling"};
+  const char* kinds[] = {"independent", "zero", "shared start", "tiny", "canceling"};
   const int64_t rank = 22, square = rank * rank, modules = 5;
   Matrix gram_b, gram_a, scale;
   std::vector<Stack> stacks;
@@ -273,7 +273,7 @@ TEST_CASE("spectrum on the device: singular values under the shift for float32 s
   for (const int capability : {90, 80}) {
     const emulator::Setting setting({132, 18000, capability});
     for (const int64_t r : {6, 25}) {
-      const Stack stack = family("nearly cancelling", 53, 61, 2, r, 1);
+      const Stack stack = family("nearly canceling", 53, 61, 2, r, 1);
       Result result =
           run(1, stack.rank, gram_b_of(stack), gram_a_of(stack), stack.scale, {.noise = noise});
       check_module(stack, result, 0);

@@ -39,7 +39,7 @@ Problem family(const std::string& kind, int64_t m, int64_t n, int64_t clients, i
     for (int64_t i = 0; i < m; ++i) {
       double& value = problem.b[i * problem.rank + k];
       if (kind == "one large A" && k < r) value *= 1e-6;
-      if (kind == "cancelling" && k >= r) value = (k / r % 2 == 0 ? 1 : -1) * value;
+      if (kind == "canceling" && k >= r) value = (k / r % 2 == 0 ? 1 : -1) * value;
     }
     if (kind == "no client" && k < r) problem.scale[k] = 0;
   }
@@ -98,7 +98,7 @@ void check(const std::string& kind, int64_t m, int64_t n, int64_t clients, int64
 
 TEST_CASE("truncated SVDs of every family, on every route") {
   for (const char* kind : {"independent", "shared start", "duplicates", "zero", "one large A",
-                           "cancelling", "no client"}) {
+                           "canceling", "no client"}) {
     for (const bool fast : {false, true}) {
       for (const DType dtype : {DType::fp32, DType::fp64}) {
         check(kind, 90, 70, 4, 8, dtype, fast);

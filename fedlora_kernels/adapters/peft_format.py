@@ -31,7 +31,7 @@ _UNREPRESENTABLE = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "arrow_config": "Arrow routes between adapters",
 }
-# Initialisations that also change the base weights, so that B A is not the whole update.
+# Initializations that also change the base weights, so that B A is not the whole update.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Config fields in which clients of one federation must agree.
 _COMMON = (

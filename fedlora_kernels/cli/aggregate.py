@@ -53,7 +53,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 @click.option("--device", help="Where to compute: cpu, cuda, cuda:1, ...")
 @click.option(
     "--absent",
-    type=click.Choice(["zero", "renormalise"]),
+    type=click.Choice(["zero", "renormalize"]),
     default="zero",
     help="What a client without a module counts as: a zero update, or not at all.",
 )

@@ -23,7 +23,7 @@ from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.peft_format import label
 from fedlora_kernels.ops._gram import stack as stacked
 
-ABSENT = ("zero", "renormalise")
+ABSENT = ("zero", "renormalize")
 
 GRAM_BYTES = 1 << 27
 """What the matrices G_B of one batch may take: 128 MiB, 1024 modules at R = 128 and 64 at R = 512.
@@ -173,7 +173,7 @@ def stack(
         adapters: the K clients.
         weights: [K] float64, summing to 1.
         absent: a client without a module contributed a zero update ("zero"), or the others'
-            weights are scaled up to sum to 1 for that module ("renormalise").
+            weights are scaled up to sum to 1 for that module ("renormalize").
         device: where the work is done; where the adapters are when None.
 
     Raises:
@@ -234,7 +234,7 @@ def _batch(
     pairs = [factors[module] for module in modules for factors in clients]
     where = pairs[0].layout.device_b if device is None else torch.device(device)
     present_weights = weights if len(present) == len(adapters) else weights[list(present)]
-    if absent == "renormalise" and bool(present_weights.sum() > 0):
+    if absent == "renormalize" and bool(present_weights.sum() > 0):
         present_weights = present_weights / present_weights.sum()
     scalings = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64)
     made = Batch(

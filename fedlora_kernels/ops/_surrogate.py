@@ -1,6 +1,6 @@
 """surrogate: FLoRA-NA's mixing weights, solved exactly in Gram space.
 
-Find p, q in R^K that minimise, per module (arXiv 2509.26399; the solver is ours),
+Find p, q in R^K that minimize, per module (arXiv 2509.26399; the solver is ours),
 
     f(p, q) = || sum_k w_k s_k B_k A_k - (sum_u q_u s_u B_u)(sum_v p_v A_v) ||_F^2
 
@@ -180,7 +180,7 @@ def _objective(
 
 
 def _step(flat: Tensor, other_flat: Tensor, other: Tensor, cross: Tensor) -> Tensor:
-    """The minimiser over one side's mixing with the other side's fixed, [L,2,K].
+    """The minimizer over one side's mixing with the other side's fixed, [L,2,K].
 
     H is scaled to a unit diagonal first (a client with B times c and A over c is the same client),
     then solved in the least-norm sense: duplicate clients make it singular, and eigenvalues under

@@ -16,14 +16,14 @@ def surrogate(
     max_sweeps: int = 50,
     tol: float = 1e-12,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return p and q minimising the distance between a product of averages and dW.
+    """Return p and q minimizing the distance between a product of averages and dW.
 
     With the scalings folded into B (B~_u = s_u B_u) and R = K r:
 
         f(p, q) = || sum_k w_k B~_k A_k - (sum_u q_u B~_u) (sum_v p_v A_v) ||_F^2
 
     The operators alternate least squares in Gram space.  Here factors with the given Gram matrices
-    are written out and the dense residual is minimised over p and q jointly by a damped Newton
+    are written out and the dense residual is minimized over p and q jointly by a damped Newton
     method, once from p = q = w (FedIT) and once from the client with the largest w_k ||B~_k A_k||_F
     alone; the smaller result counts.  f can have several local minima: compare objectives, never p
     and q.
@@ -69,7 +69,7 @@ def surrogate(
             product = blocks_b[dominant] @ blocks_a[dominant]
             share = (product * target).sum() / product.square().sum()
             for start_q, start_p in ((best_q, best_p), (alone * share, alone)):
-                end_q, end_p, value = _minimise(
+                end_q, end_p, value = _minimize(
                     blocks_b, blocks_a, target, start_q, start_p, magnitude
                 )
                 if value < objective[module, 1]:
@@ -103,7 +103,7 @@ def _residual(
     return target - product
 
 
-def _minimise(
+def _minimize(
     blocks_b: torch.Tensor,
     blocks_a: torch.Tensor,
     target: torch.Tensor,

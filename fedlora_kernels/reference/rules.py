@@ -2,7 +2,7 @@
 
 All functions take the clients' factors as lists, B_k [m, r_k] in ``bs`` and A_k [r_k, n] in
 ``as_``, their scalings s_k and their weights w_k (sum 1), and return float64 updates [m, n]: one
-for the rules with a global adapter, one for each client for the rules that personalise.
+for the rules with a global adapter, one for each client for the rules that personalize.
 """
 
 from collections.abc import Sequence

@@ -40,7 +40,7 @@ def dispatch_keys() -> tuple[str, ...]:
 
 
 def _device(found: str) -> tuple[bool, str]:
-    """Asks only what does not initialise a GPU: an import must leave a process able to fork."""
+    """Asks only what does not initialize a GPU: an import must leave a process able to fork."""
     import torch
 
     if torch.cuda.is_available():

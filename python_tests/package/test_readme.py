@@ -1,0 +1,71 @@
+"""The README as its reader meets it: its code runs, its commands work, what it names is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from federation import draw, write_client
+
+import fedlora_kernels as flk
+from fedlora_kernels.cli import app
+from fedlora_kernels.cli.rules import as_markdown
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^fedlora .*", README, re.MULTILINE)
+SIZES = {"model.layers.0.self_attn.q_proj": (40, 24), "model.layers.0.self_attn.v_proj": (16, 24)}
+
+
+@pytest.fixture(autouse=True)
+def _clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three client folders that the README speaks of, of different ranks and scalings."""
+    monkeypatch.chdir(tmp_path)
+    for k, client in enumerate(draw(ranks=(8, 4, 2), sizes=SIZES).drawn):
+        write_client(Path("clients") / str(k), client)
+
+
+def test_there_is_code_to_run() -> None:
+    assert len(PYTHON) == 2
+    assert {line.split()[1] for line in COMMANDS} == {"aggregate", "inspect", "rules", "doctor"}
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.partition("\n")[0])
+def test_python_blocks_run(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+    if "save(" in code:
+        assert flk.Adapter.load("global").factors.keys() == SIZES.keys()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_run(line: str) -> None:
+    result = CliRunner().invoke(app, shlex.split(line)[1:], prog_name="fedlora")
+    assert result.exit_code == 0, result.output
+
+
+def test_the_table_of_rules_is_the_registrys() -> None:
+    assert as_markdown() in README
+
+
+def test_operators_and_backends_are_there() -> None:
+    table = README[README.index("| `torch.ops.fedlora.*`") : README.index("`*_list` variants")]
+    names = set(re.findall(r"`(\w+)`", table))
+    assert names
+    assert all(hasattr(torch.ops.fedlora, name) and hasattr(flk.ops, name) for name in names)
+    table = README[README.index("| backend | what it is |") : README.index("The GPU backends pass")]
+    assert set(re.findall(r"^\| `([\w-]+)`", table, re.M)) == {
+        b.name for b in flk.backends.ordered()
+    }
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_and_targets_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make ([\w-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
