@@ -14,6 +14,7 @@ from fedlora_kernels.rules._rule import Rule
 
 if TYPE_CHECKING:
     from fedlora_kernels.adapters.adapter import Adapter
+    from fedlora_kernels.adapters.factors import Factors
     from fedlora_kernels.gram_space.coefficients import Solution
     from fedlora_kernels.gram_space.grams import Grams
 
@@ -51,6 +52,15 @@ class FFA(Rule):
         Raises:
             AdapterError: names the client, the module and the client it differs from.
         """
+        first: dict[str, Factors] = {}
+        for adapter in adapters:
+            for module, factors in adapter.factors.items():
+                owner = first.setdefault(module, factors)
+                if owner is not factors and not factors.same_a(owner):
+                    self._refuse(adapters)
+
+    def _refuse(self, adapters: Sequence[Adapter]) -> None:
+        """Say which A differs: a rank, anywhere, before an entry."""
         from fedlora_kernels.adapters.peft_format import label
 
         def who(index: int) -> str:
