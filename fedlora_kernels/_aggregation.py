@@ -120,7 +120,8 @@ class Aggregation:
         """
         with folder.replaced(Path(path), WRITTEN) as made:
             self.adapter.write(made)
-            described = {"rule": self.rule.name, "modules": self.report.as_dict()}
+            noted = {"note": self.report.note} if self.report.note else {}
+            described = {"rule": self.rule.name, **noted, "modules": self.report.as_dict()}
             text = json.dumps(described, indent=2)
             (made / "report.json").write_text(text + "\n", encoding="utf-8")
             if self.residual is not None:
@@ -208,7 +209,9 @@ class Work:
             rows.update(report(grams, solution or self._prepared.solve(grams)))
             if not self._round.keeps(grams):
                 grams.forget()
-        return Report(sorted(rows.items()))
+        complete = Report(sorted(rows.items()))
+        complete.note = self._rule.note
+        return complete
 
     def result(self) -> Aggregation:
         """The global adapter of all batches that were taken."""

@@ -59,8 +59,10 @@ class Batch:
     """the dtype that holds every client's numbers"""
     device: torch.device
     """where the work is done"""
+    shares: Tensor
+    """the clients' shares of all weights of the round, [K] float64"""
     weights: Tensor
-    """w_k [K] float64"""
+    """w_k [K] float64: the shares themselves, or scaled up to sum to 1 (absent="renormalize")"""
     scalings: Tensor
     """s_lk [L,K] float64"""
     pairs: tuple[Factors, ...]
@@ -92,6 +94,11 @@ class Batch:
     def a(self) -> Tensor:
         """The stack [L,R,n]: a copy."""
         return stacked(self.list_a, len(self.modules), rows=True)
+
+    @property
+    def renormalized(self) -> bool:
+        """Whether clients without these modules count as if they were not there."""
+        return self.weights is not self.shares
 
     @cached_property
     def one_scaling(self) -> bool:
@@ -233,9 +240,10 @@ def _batch(
     clients = [adapters[k].factors for k in present]
     pairs = [factors[module] for module in modules for factors in clients]
     where = pairs[0].layout.device_b if device is None else torch.device(device)
-    present_weights = weights if len(present) == len(adapters) else weights[list(present)]
-    if absent == "renormalize" and bool(present_weights.sum() > 0):
-        present_weights = present_weights / present_weights.sum()
+    shares = weights if len(present) == len(adapters) else weights[list(present)]
+    shares = present_weights = shares.to(where)
+    if absent == "renormalize" and bool(shares.sum() > 0):
+        present_weights = shares / shares.sum()
     scalings = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64)
     made = Batch(
         modules=tuple(modules),
@@ -245,7 +253,8 @@ def _batch(
         size=size,
         dtype=dtype,
         device=where,
-        weights=present_weights.to(where),
+        shares=shares,
+        weights=present_weights,
         scalings=scalings.view(len(modules), len(present)).to(where),
         pairs=tuple(pairs),
         versions=tuple([pair.version for pair in pairs]),

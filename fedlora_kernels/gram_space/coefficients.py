@@ -247,6 +247,29 @@ def common_scaling(grams: Grams) -> tuple[Tensor, Tensor]:
     return scaling, grams.scalings / scaling[:, None]
 
 
+def padded(grams: Grams, b: Tensor, a: Tensor) -> Product:
+    """Factors of any ranks added up position by position, as if padded with zeros to the largest.
+
+    Args:
+        grams: of the modules.
+        b: [L,R], what every stacked column of B is multiplied with.
+        a: [L,R], the same for the rows of A.
+    """
+    widest = max(grams.ranks)
+    place = torch.nn.functional.one_hot(positions(grams), widest).double()  # [R,p]
+    return Product(
+        x=b[:, :, None] * place,
+        y=(a[:, :, None] * place).mT.contiguous(),
+        ranks=grams.same_rank(widest),
+    )
+
+
+def positions(grams: Grams) -> Tensor:
+    """The position of every stacked rank within its client: [R] int64."""
+    device = grams.batch.device
+    return torch.cat([torch.arange(rank, device=device) for rank in grams.ranks])
+
+
 def leading(x: Tensor, y: Tensor, ranks: Tensor) -> Product:
     """The first ranks[l] columns of X and rows of Y, in a Product as wide as the largest rank."""
     width = max(1, int(ranks.max()))

@@ -109,18 +109,27 @@ def hetlora(
     scalings: Numbers,
     weights: Numbers,
     norm_weighted: bool = True,
+    example_weighted: bool = False,
+    norms: Numbers | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """HetLoRA (arXiv 2401.06432): sparsity-weighted mean of zero-padded factors.
 
-    Factors are padded to the largest rank and averaged with weights proportional to w_k times the
-    norm of the client's update ||s_k B_k A_k||_F (``norm_weighted=False``: w_k); client k gets the
-    product of the first r_k columns and rows.  When every update is zero the weights are w_k.
+    Factors are padded to the largest rank and averaged with weights v_k; client k gets the product
+    of the first r_k columns and rows.
+
+    v_k is proportional to ||dW_k||_F, taken from ``norms`` (over all modules) or, where they are
+    None, from this module; ``example_weighted``: to w_k ||dW_k||_F; not ``norm_weighted``: to w_k.
+    A client of weight 0 has v_k = 0. Where all v_k would be zero the others count equally, or by
+    w_k with ``example_weighted``.
     """
     bs = _scaled(bs, scalings)
     if norm_weighted:
-        norms = [float((b @ a.double()).norm()) for b, a in zip(bs, as_, strict=True)]
-        shares = [w * norm for w, norm in zip(weights, norms, strict=True)]
-        weights = [share / sum(shares) for share in shares] if sum(shares) > 0 else weights
+        if norms is None:
+            norms = [float((b @ a.double()).norm()) for b, a in zip(bs, as_, strict=True)]
+        own = list(weights) if example_weighted else [float(w > 0) for w in weights]
+        shares = [share * norm for share, norm in zip(own, norms, strict=True)]
+        shares = shares if sum(shares) > 0 else own
+        weights = [share / sum(shares) for share in shares]
     rank = max(b.shape[1] for b in bs)
     padding = torch.nn.functional.pad
     mean_b = _mean([padding(b, (0, rank - b.shape[1])) for b in bs], weights)

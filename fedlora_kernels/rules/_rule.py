@@ -87,8 +87,15 @@ class Rule:
         raise NotImplementedError(f"rule {self.name!r} defines no solve()")
 
     @property
+    def note(self) -> str:
+        """What the reader of a report must know beside its numbers, in a sentence; may be empty."""
+        return ""
+
+    @property
     def joint(self) -> bool:
-        """Whether the modules compete, so that every batch is read before one can be solved."""
+        """Whether a module's coefficients depend on the others, so that every batch is read before
+        one can be solved.
+        """
         return False
 
     def prepared(self, every: Iterable[Grams]) -> Rule:

@@ -293,6 +293,8 @@ SAMPLES = {
     "tol": ("1e-9", 1e-9),
     "residual_rank": ("2", 2),
     "norm_weighted": (None, False),
+    "per_module": ("", True),
+    "example_weighted": ("", True),
 }
 
 
@@ -307,7 +309,7 @@ SAMPLES = {
 def test_every_option_of_every_rule_is_a_flag(here, monkeypatch, rule, option):
     text, value = SAMPLES[option]
     flag = "--" + option.replace("_", "-")
-    given = [flag, text] if text is not None else ["--no-" + flag[2:]]
+    given = [flag, *filter(None, [text])] if text is not None else ["--no-" + flag[2:]]
     options = handed_over(monkeypatch, "--rule", rule, *given)
     assert options[option] == value
     assert type(options[option]) is type(value)
