@@ -49,6 +49,10 @@ class Batch:
     """L module names"""
     clients: tuple[int, ...]
     """indices of the K clients that have these modules"""
+    federation: int
+    """how many adapters the round has, those without these modules included"""
+    joined: int
+    """how many of them, the last ones, a rule with memory added to the clients"""
     names: tuple[str | None, ...]
     """the K clients' own names"""
     ranks: tuple[int, ...]
@@ -173,6 +177,7 @@ def stack(
     *,
     absent: str = "zero",
     device: torch.device | str | None = None,
+    joined: int = 0,
 ) -> list[Batch]:
     """Batches of all modules of all clients.
 
@@ -182,6 +187,7 @@ def stack(
         absent: a client without a module contributed a zero update ("zero"), or the others'
             weights are scaled up to sum to 1 for that module ("renormalize").
         device: where the work is done; where the adapters are when None.
+        joined: how many of the adapters, the last ones, are not clients.
 
     Raises:
         AdapterError: clients disagree about a module's size, and the message names both; or the
@@ -193,7 +199,7 @@ def stack(
     for module in sorted({name for adapter in adapters for name in adapter.factors}):
         groups.setdefault(_signature(adapters, module), []).append(module)
     return [
-        _batch(adapters, signature, part, weights, absent, device)
+        _batch(adapters, signature, part, weights, absent, device, joined)
         for signature, modules in groups.items()
         for part in _parts(modules, sum(signature.ranks))
     ]
@@ -235,6 +241,7 @@ def _batch(
     weights: Tensor,
     absent: str,
     device: torch.device | str | None,
+    joined: int,
 ) -> Batch:
     size, present, ranks, dtype = signature
     clients = [adapters[k].factors for k in present]
@@ -248,6 +255,8 @@ def _batch(
     made = Batch(
         modules=tuple(modules),
         clients=present,
+        federation=len(adapters),
+        joined=joined,
         names=tuple(adapters[k].name for k in present),
         ranks=ranks,
         size=size,

@@ -103,6 +103,48 @@ def flora_na(bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers) -> 
     return _mean(_scaled(bs, scalings), q[0].tolist()) @ _mean(as_, p[0].tolist())
 
 
+def flora_na_shared(
+    modules: Sequence[tuple[Factors, Factors, Numbers, Numbers]],
+    around: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    steps: int = 1000,
+) -> tuple[torch.Tensor, ...]:
+    """FLoRA-NA with one pair p, q for all modules, by Adam on the dense squared errors.
+
+    Every module's update is (B_0 + sum_u q_u (s_u B_u - B_0)) (A_0 + sum_v p_v (A_v - A_0)), where
+    ``around`` holds B_0 (its scaling inside) and A_0 of every module; zeros when None. The start
+    is FedIT's p = q = w, the best point of all steps counts.
+    """
+    weights = torch.tensor(list(modules[0][3]), dtype=torch.float64)
+    p, q = weights.clone().requires_grad_(), weights.clone().requires_grad_()
+    targets, stacks = [], []
+    for index, (bs, as_, scalings, own) in enumerate(modules):
+        b, a = torch.stack(_scaled(bs, scalings)), torch.stack([x.double() for x in as_])
+        zero = (torch.zeros_like(b[0]), torch.zeros_like(a[0]))
+        first, second = (x.double() for x in around[index]) if around is not None else zero
+        targets.append(ideal_update(bs, as_, scalings, own))
+        stacks.append((first, b - first, second, a - second))
+
+    def updates() -> list[torch.Tensor]:
+        return [
+            (first + torch.einsum("k,kmr->mr", q, b)) @ (second + torch.einsum("k,krn->rn", p, a))
+            for first, b, second, a in stacks
+        ]
+
+    total = float(sum(target.square().sum() for target in targets)) or 1.0
+    optimizer = torch.optim.Adam([p, q], lr=1e-2)
+    best, found = float("inf"), updates()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        made = updates()
+        gaps = [target - update for target, update in zip(targets, made, strict=True)]
+        loss = torch.stack([gap.square().sum() for gap in gaps]).sum() / total
+        if loss.item() < best:
+            best, found = loss.item(), made
+        loss.backward()
+        optimizer.step()
+    return tuple(update.detach() for update in found)
+
+
 def hetlora(
     bs: Factors,
     as_: Factors,

@@ -295,6 +295,8 @@ SAMPLES = {
     "norm_weighted": (None, False),
     "per_module": ("", True),
     "example_weighted": ("", True),
+    "shared": ("", True),
+    "around": ("global", "global"),
 }
 
 
