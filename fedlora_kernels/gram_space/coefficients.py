@@ -57,10 +57,14 @@ class Product:
     x: Tensor
     y: Tensor
     ranks: Tensor
+    common: Tensor | None = None
+    """the clients' scaling, [L], which x contains and the factors leave out"""
 
     @property
     def scaling(self) -> Tensor:
-        """1: the scalings are inside X and Y."""
+        """The clients' common one, or 1: the scalings are inside X and Y."""
+        if self.common is not None:
+            return self.common
         return torch.ones_like(self.ranks, dtype=torch.float64)
 
     def computed(self, sends: str) -> str:
@@ -69,7 +73,8 @@ class Product:
 
     def factors(self, batch: Batch, sends: str = "both") -> tuple[Side, Side]:
         """combine."""
-        return ops.combine_list(batch.list_b, batch.list_a, self.x, self.y)
+        x = self.x if self.common is None else self.x / self.common[:, None, None]
+        return ops.combine_list(batch.list_b, batch.list_a, x, self.y)
 
 
 @dataclass(frozen=True)
@@ -262,6 +267,18 @@ def padded(grams: Grams, b: Tensor, a: Tensor) -> Product:
         y=(a[:, :, None] * place).mT.contiguous(),
         ranks=grams.same_rank(widest),
     )
+
+
+def holders(grams: Grams) -> Tensor:
+    """w_k over the weights of all clients that have the rank position, once per stacked rank: [R].
+
+    A client of rank r_k has the positions 1 to r_k. Where all of a position's clients have weight
+    0, it is 0.
+    """
+    here = positions(grams)
+    ranks = torch.tensor(grams.ranks, device=here.device)
+    total = (ranks[None, :] > here[:, None]).double() @ grams.weights
+    return grams.weights[grams.batch.owner] / total.where(total > 0, 1)
 
 
 def positions(grams: Grams) -> Tensor:

@@ -145,6 +145,109 @@ def flora_na_shared(
     return tuple(update.detach() for update in found)
 
 
+def holders(weights: Numbers, ranks: Sequence[int], position: int) -> list[float]:
+    """w_k over the weights of all clients whose rank reaches the position (from 1); 0 beyond."""
+    there = [w if rank >= position else 0.0 for w, rank in zip(weights, ranks, strict=True)]
+    return [w / (sum(there) or 1.0) for w in there]
+
+
+def raflora(
+    bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers
+) -> tuple[torch.Tensor, ...]:
+    """raFLoRA (arXiv 2602.13486): rank partitions weighted by their holders, then FlexLoRA's SVD.
+
+    The partition (l, h] between successive client ranks adds up sum_k w_k s_k B_k[:, l:h] A_k[l:h]
+    over the clients with r_k >= h, their weights scaled to sum to 1. Client k receives the best
+    rank-r_k approximation of the sum.
+    """
+    ranks = [b.shape[1] for b in bs]
+    update = torch.zeros(bs[0].shape[0], as_[0].shape[1], dtype=torch.float64)
+    low = 0
+    for high in sorted(set(ranks)):
+        there = [w if rank >= high else 0.0 for w, rank in zip(weights, ranks, strict=True)]
+        for b, a, s, w in zip(bs, as_, scalings, there, strict=True):
+            part = b[:, low:high].double() @ a[low:high].double()
+            update += w / (sum(there) or 1.0) * s * part
+        low = high
+    return tuple(truncate(update, rank) for rank in ranks)
+
+
+def rbla(
+    bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers
+) -> tuple[torch.Tensor, ...]:
+    """RBLA (arXiv 2408.08699): every rank position averaged over the clients that have it.
+
+    Client k gets the product of the first r_k columns and rows.
+    """
+    bs = _scaled(bs, scalings)
+    ranks = [b.shape[1] for b in bs]
+    columns, rows = [], []
+    for position in range(max(ranks)):
+        shares = holders(weights, ranks, position + 1)
+        present = [k for k, rank in enumerate(ranks) if rank > position]
+        columns.append(sum(shares[k] * bs[k][:, position].double() for k in present))
+        rows.append(sum(shares[k] * as_[k][position].double() for k in present))
+    mean_b, mean_a = torch.stack(columns, 1), torch.stack(rows)  # type: ignore[arg-type]
+    return tuple(mean_b[:, :rank] @ mean_a[:rank] for rank in ranks)
+
+
+def lora_fair(
+    bs: Factors,
+    as_: Factors,
+    scalings: Numbers,
+    weights: Numbers,
+    form: str = "cosine",
+    penalty: float = 0.01,
+    steps: int = 400,
+) -> torch.Tensor:
+    """LoRA-FAIR (arXiv 2411.14961): FedIT with B corrected by dB, found densely.
+
+    cosine: dB by L-BFGS on 1 - cos(dW, (B + dB) A) + penalty ||dB||, from two starts, near no
+    correction and near the ridge solution; the best point counts, no correction included.
+    ridge: the normal equations. Clients of one scaling keep it out of B.
+    """
+    common = scalings[0] if len(set(scalings)) == 1 and scalings[0] != 0 else 1.0
+    b = _mean(_scaled(bs, [s / common for s in scalings]), weights)
+    a = _mean(as_, weights)
+    target = ideal_update(bs, as_, [s / common for s in scalings], weights)
+    identity = torch.eye(len(a), dtype=torch.float64)
+    ridge = (target - b @ a) @ a.mT @ torch.linalg.pinv(a @ a.mT + penalty * identity)
+    if form == "ridge":
+        return torch.matmul(common * (b + ridge), a)
+    if not target.any():
+        return torch.matmul(common * b, a)
+    best = torch.zeros_like(b)
+    value = float(lora_fair_objective(b + best, a, target, best, penalty))
+    for begin in (1e-3 * ridge, ridge):
+        step = begin.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [step], max_iter=steps, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+        )
+
+        def closure(step: torch.Tensor = step) -> torch.Tensor:
+            step.grad = None
+            loss = lora_fair_objective(b + step, a, target, step, penalty)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        found = float(lora_fair_objective(b + step, a, target, step, penalty).detach())
+        if found < value:
+            best, value = step.detach(), found
+    return torch.matmul(common * (b + best), a)
+
+
+def lora_fair_objective(
+    b: torch.Tensor, a: torch.Tensor, target: torch.Tensor, step: torch.Tensor, penalty: float
+) -> torch.Tensor:
+    """1 - cos(target, b a) + penalty ||step||; the cosine of a zero matrix is 0."""
+    product = b @ a
+    size = product.norm() * target.norm()
+    cosine = (product * target).sum() / size if float(size) > 0 else torch.zeros_like(size)
+    objective: torch.Tensor = 1 - cosine + penalty * step.norm()
+    return objective
+
+
 def hetlora(
     bs: Factors,
     as_: Factors,

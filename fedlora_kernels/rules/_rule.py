@@ -58,8 +58,8 @@ class Rule:
     """the factors a client sends up and receives down"""
     receives: ClassVar[Literal["global", "leading", "own"]] = "global"
     """client k gets the global adapter, its leading r_k components, or shared A with its own B"""
-    trains: ClassVar[Literal["both", "b"]] = "both"
-    """the factors a client trains"""
+    trains: ClassVar[Literal["both", "b", "alternate"]] = "both"
+    """the factors a client trains; "alternate" is B in odd rounds, A in even ones"""
     after: ClassVar[Literal["continue", "merge"]] = "continue"
     """what a round starts from by default: the global adapter, or the base with it merged in"""
     separable: ClassVar[bool] = False

@@ -42,7 +42,8 @@ def make_rule(settings: Settings, name: str) -> flk.Rule:
 
 def trained(rule: flk.Rule, settings: Settings, number: int) -> str:
     """The factors that the clients of a rule train in round `number`: "both", "a" or "b"."""
-    if rule.trains == "both" and settings.freeze == "alternate":
+    asked = settings.freeze if rule.trains == "both" else rule.trains
+    if asked == "alternate":
         return "b" if number % 2 else "a"
     return rule.trains
 

@@ -297,6 +297,8 @@ SAMPLES = {
     "example_weighted": ("", True),
     "shared": ("", True),
     "around": ("global", "global"),
+    "form": ("ridge", "ridge"),
+    "penalty": ("0.1", 0.1),
 }
 
 
