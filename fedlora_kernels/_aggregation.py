@@ -51,6 +51,11 @@ class Aggregation:
         self._work = work
 
     @property
+    def kept(self) -> Adapter | None:
+        """What the server keeps for the next round, where the rule has memory of that kind."""
+        return self._work.kept
+
+    @property
     def rule(self) -> Rule:
         """The rule with its options."""
         return self.delivery.rule
@@ -168,6 +173,7 @@ class Work:
         self._prepared = rule.prepared(round_.read(self.joined)) if rule.joint else rule
         self._factors: dict[str, Factors] = {}
         self._residuals: dict[str, Factors] = {}
+        self._kept: dict[str, Factors] = {}
         self._swept: list[dict[float, Swept]] = []
         self._averaged = True
         """whether all factors are averages of the clients' factors"""
@@ -189,6 +195,9 @@ class Work:
         self._averaged &= isinstance(solution.adapter, Mixture)
         if solution.residual is not None:
             self._residuals.update(_factors(grams.batch, solution.residual, "both", self._dtype))
+        if solution.kept is not None:  # errors add up over the rounds: float32 at least
+            wide = torch.promote_types(grams.batch.dtype, torch.float32)
+            self._kept.update(_factors(grams.batch, solution.kept, "both", wide))
         if solution.sweep:
             self._swept.append(swept(grams, solution))
         if not grams.computed:
@@ -197,6 +206,14 @@ class Work:
             self._reports.append((grams, solution))
         else:
             self._reports.append(report(grams, solution))
+
+    @property
+    def kept(self) -> Adapter | None:
+        """What solutions keep for the next round."""
+        if not self._kept:
+            return None
+        config = _config(self._round.clients, self._kept, rslora=False)
+        return Adapter(dict(sorted(self._kept.items())), peft_format.headless(config))
 
     def report(self) -> Report:
         """The rows of all modules, by name."""

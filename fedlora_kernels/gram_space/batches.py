@@ -100,6 +100,12 @@ class Batch:
         return stacked(self.list_a, len(self.modules), rows=True)
 
     @property
+    def client_ranks(self) -> tuple[int, ...]:
+        """r_k of the clients alone, without what a rule with memory joined to them."""
+        first = self.federation - self.joined
+        return tuple(r for k, r in zip(self.clients, self.ranks, strict=True) if k < first)
+
+    @property
     def renormalized(self) -> bool:
         """Whether clients without these modules count as if they were not there."""
         return self.weights is not self.shares
@@ -249,8 +255,10 @@ def _batch(
     where = pairs[0].layout.device_b if device is None else torch.device(device)
     shares = weights if len(present) == len(adapters) else weights[list(present)]
     shares = present_weights = shares.to(where)
-    if absent == "renormalize" and bool(shares.sum() > 0):
-        present_weights = shares / shares.sum()
+    count = sum(k < len(adapters) - joined for k in present)
+    if absent == "renormalize" and bool(shares[:count].sum() > 0):
+        scaled_up = shares[:count] / shares[:count].sum()
+        present_weights = torch.cat([scaled_up, shares[count:]])
     scalings = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64)
     made = Batch(
         modules=tuple(modules),

@@ -197,6 +197,8 @@ class Solution:
     adapter: Coefficients
     residual: Product | None = None
     """what the clients merge into the base beside the adapter (FedEx)"""
+    kept: Product | None = None
+    """what the server keeps for the next round, where the rule has memory of that kind"""
     sweep: Mapping[float, Tensor] = field(default_factory=dict)
     """energy -> ranks [L], when the rule was asked for a whole curve"""
     spectrum: Spectrum | None = None
@@ -287,9 +289,16 @@ def positions(grams: Grams) -> Tensor:
     return torch.cat([torch.arange(rank, device=device) for rank in grams.ranks])
 
 
+def between(x: Tensor, y: Tensor, begin: int, ends: Tensor) -> Product:
+    """The columns of X and rows of Y from ``begin`` to each module's end, which may be before."""
+    return leading(x[:, :, begin:], y[:, begin:], (ends - begin).clamp_min(0))
+
+
 def leading(x: Tensor, y: Tensor, ranks: Tensor) -> Product:
     """The first ranks[l] columns of X and rows of Y, in a Product as wide as the largest rank."""
     width = max(1, int(ranks.max()))
+    if x.shape[2] < width:  # nothing is left: one column of zeros
+        x, y = x.new_zeros(*x.shape[:2], width), y.new_zeros(len(y), width, y.shape[2])
     keep = torch.arange(width, device=ranks.device)[None, :] < ranks[:, None]
     return Product(
         x[:, :, :width].where(keep[:, None, :], 0), y[:, :width].where(keep[:, :, None], 0), ranks

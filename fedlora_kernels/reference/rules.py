@@ -298,6 +298,43 @@ def fedex(
     return average + (residual if residual_rank is None else truncate(residual, residual_rank))
 
 
+def eclora(
+    bs: Factors,
+    as_: Factors,
+    scalings: Numbers,
+    weights: Numbers,
+    error: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """ECLoRA (doi 10.1109/TNNLS.2025.3586545): truncations of dW + E, and the next round's E."""
+    update = ideal_update(bs, as_, scalings, weights)
+    if error is not None:
+        update = update + error
+    ranks = [b.shape[1] for b in bs]
+    return tuple(truncate(update, rank) for rank in ranks), update - truncate(update, max(ranks))
+
+
+def fedmomentum(
+    bs: Factors,
+    as_: Factors,
+    scalings: Numbers,
+    weights: Numbers,
+    kept_energy: float = 0.9999,
+    momentum: float = 0.0,
+    last: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FedMomentum (arXiv 2603.08014): the best rank-r part of V, and all of V up to the energy.
+
+    V = dW + momentum * last. The second is the first and the residual together, or less where the
+    energy is reached before rank r; it is what the next round takes as ``last``.
+    """
+    update = ideal_update(bs, as_, scalings, weights)
+    if last is not None:
+        update = update + momentum * last
+    values = torch.linalg.svdvals(update)
+    end = int(select_rank(values[None], values.square().sum()[None], kept_energy)[0])
+    return truncate(update, bs[0].shape[1]), truncate(update, end)
+
+
 def truncate(dense: torch.Tensor, p: int) -> torch.Tensor:
     """Best rank-p approximation in the Frobenius norm (Eckart and Young, 1936), by a dense SVD."""
     left, values, right = torch.linalg.svd(dense.double(), full_matrices=False)

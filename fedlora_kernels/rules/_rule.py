@@ -45,7 +45,9 @@ class Rule:
     """its name in the registry: that of its file"""
     title: ClassVar[str]
     paper: ClassVar[str]
-    """arXiv number"""
+    """arXiv number, or a DOI"""
+    published: ClassVar[str] = ""
+    """year and month, 2507 say, where ``paper`` is a DOI"""
     travels: ClassVar[str] = "A and B"
     """what a client sends, in words"""
     exact: ClassVar[str]
@@ -72,6 +74,15 @@ class Rule:
     """clients keep different models (their own B and heads); there is no merged global one"""
     aggregates: ClassVar[tuple[str, ...]] = ("LORA",)
     """the adapter kinds that it can aggregate, as PEFT's peft_type"""
+
+    @classmethod
+    def link(cls) -> str:
+        """The address of the paper."""
+        return (
+            f"https://doi.org/{cls.paper}"
+            if cls.published
+            else f"https://arxiv.org/abs/{cls.paper}"
+        )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -157,12 +168,12 @@ class Rule:
         return cls(**given)
 
     def equal_rank(self, grams: Grams) -> None:
-        """Refuse clients of different ranks.
+        """Refuse clients of different ranks; what a rule with memory joins may have any.
 
         Raises:
             AdapterError: names who differs and where.
         """
-        for who, rank in zip(grams.labels, grams.ranks, strict=True):
+        for who, rank in zip(grams.labels, grams.batch.client_ranks, strict=False):
             if rank != grams.ranks[0]:
                 raise self.unequal_rank(
                     who, grams.modules[0], rank, grams.labels[0], grams.ranks[0]

@@ -160,10 +160,15 @@ class FLoRANA(Rule):
         return replace(self, pair=(p[0], q[0]))
 
     def _complete(self, grams: Grams) -> None:
-        """Refuse modules that only some have: a change from nothing is not defined."""
+        """Refuse modules that only some have, or in another rank: no change is defined there."""
         from fedlora_kernels.adapters.peft_format import label
 
         batch = grams.batch
+        if grams.ranks[-1] != grams.ranks[0] and len(batch.clients) == batch.federation:
+            raise AdapterError(
+                f"the adapter given as around, module {grams.modules[0]}: rank {grams.ranks[-1]}, "
+                f"expected {grams.ranks[0]} as in {grams.labels[0]}"
+            )
         for index in range(batch.federation):
             if index not in batch.clients:
                 last = index == batch.federation - 1

@@ -28,7 +28,7 @@ class RaFLoRA(Rule):
 
     title = "raFLoRA"
     paper = "2602.13486"
-    exact = "best of each rank, of ranks weighted by holders"
+    exact = "best of each rank, by holders"
     heterogeneous = True
     receives = "leading"
 

@@ -27,7 +27,7 @@ class RBLA(Rule):
 
     title = "RBLA"
     paper = "2408.08699"
-    exact = "means over the holders of each rank, not exact"
+    exact = "means over holders, not exact"
     heterogeneous = True
     receives = "leading"
 

@@ -50,7 +50,11 @@ def trained(rule: flk.Rule, settings: Settings, number: int) -> str:
 
 def plain_average() -> flk.Rule:
     """The rule that averages both factors, each by itself: what the others are compared with."""
-    return next(kind() for kind in _kinds() if kind.separable and kind.sends == "both")
+    return next(
+        kind()
+        for kind in _kinds()
+        if kind.separable and kind.sends == "both" and kind.trains == "both"
+    )
 
 
 def _impossible(rule: flk.Rule, settings: Settings) -> str | None:

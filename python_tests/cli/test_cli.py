@@ -299,6 +299,9 @@ SAMPLES = {
     "around": ("global", "global"),
     "form": ("ridge", "ridge"),
     "penalty": ("0.1", 0.1),
+    "error_rank": ("3", 3),
+    "kept_energy": ("0.75", 0.75),
+    "momentum": ("0.5", 0.5),
 }
 
 

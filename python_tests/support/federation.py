@@ -24,7 +24,16 @@ SIZES = {"layers.0.attn.q": (24, 17), "layers.0.down": (13, 40), "layers.1.attn.
 BASE = "a-base-model"
 WORKING_DTYPES = (torch.float32, torch.bfloat16)
 
-AVERAGING_RULES = ("fedit", "ffa", "fedsa", "flora_na", "fedex", "lora_fair", "rolora")
+AVERAGING_RULES = (
+    "fedit",
+    "ffa",
+    "fedsa",
+    "flora_na",
+    "fedex",
+    "lora_fair",
+    "rolora",
+    "fedmomentum",
+)
 """The rules that need equal ranks."""
 
 FIXED_A = ("ffa", "rolora")
