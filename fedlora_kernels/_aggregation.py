@@ -95,7 +95,7 @@ class Aggregation:
     @property
     def shared(self) -> dict[str, Tensor]:
         """The state that travels back to every client."""
-        return self.delivery.sent(self.adapter)
+        return self.delivery.returned(self.adapter)
 
     def client_adapter(self, k: int) -> Adapter:
         """What client k receives, ready to run: see :meth:`Delivery.received`.
@@ -191,7 +191,9 @@ class Work:
         """
         grams.batch.refuse_changes()
         solution = self._prepared.solve(grams)
-        self._factors.update(_factors(grams.batch, solution.adapter, self._rule.sends, self._dtype))
+        self._factors.update(
+            _factors(grams.batch, solution.adapter, self._rule.comes_back(), self._dtype)
+        )
         self._averaged &= isinstance(solution.adapter, Mixture)
         if solution.residual is not None:
             self._residuals.update(_factors(grams.batch, solution.residual, "both", self._dtype))

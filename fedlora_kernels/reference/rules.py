@@ -335,6 +335,20 @@ def fedmomentum(
     return truncate(update, bs[0].shape[1]), truncate(update, end)
 
 
+def fedsvd(
+    bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FedSVD (arXiv 2505.12805): U S and V^T of (sum_k w_k s_k B_k) A_0, of A_0's rank.
+
+    Raises:
+        ValueError: when the clients' A differ.
+    """
+    product = ffa(bs, as_, scalings, weights)
+    left, values, right = torch.linalg.svd(product, full_matrices=False)
+    rank = min(len(as_[0]), len(values))
+    return left[:, :rank] * values[:rank], right[:rank]
+
+
 def truncate(dense: torch.Tensor, p: int) -> torch.Tensor:
     """Best rank-p approximation in the Frobenius norm (Eckart and Young, 1936), by a dense SVD."""
     left, values, right = torch.linalg.svd(dense.double(), full_matrices=False)

@@ -57,7 +57,9 @@ class Rule:
     heterogeneous: ClassVar[bool] = False
     """clients may have different ranks"""
     sends: ClassVar[Literal["both", "b", "a"]] = "both"
-    """the factors a client sends up and receives down"""
+    """the factors a client sends up, and receives down where ``returns`` says nothing else"""
+    returns: ClassVar[Literal["both", "b", "a", "as sent"]] = "as sent"
+    """the factors a client receives"""
     receives: ClassVar[Literal["global", "leading", "own"]] = "global"
     """client k gets the global adapter, its leading r_k components, or shared A with its own B"""
     trains: ClassVar[Literal["both", "b", "alternate"]] = "both"
@@ -83,6 +85,11 @@ class Rule:
             if cls.published
             else f"https://arxiv.org/abs/{cls.paper}"
         )
+
+    @classmethod
+    def comes_back(cls) -> str:
+        """The factors a client receives: "both", "b" or "a"."""
+        return cls.sends if cls.returns == "as sent" else cls.returns
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -177,6 +184,35 @@ class Rule:
             if rank != grams.ranks[0]:
                 raise self.unequal_rank(
                     who, grams.modules[0], rank, grams.labels[0], grams.ranks[0]
+                )
+
+    def common_a(self, adapters: Sequence[Adapter]) -> None:
+        """Refuse clients whose A differs from the first client's (they trained or drew their own).
+
+        Raises:
+            AdapterError: names the client, the module and the client it differs from.
+        """
+        from fedlora_kernels.adapters.peft_format import label
+
+        def who(index: int) -> str:
+            return label(index, adapters[index].name)
+
+        first: dict[str, int] = {}
+        shared = [
+            (index, owner, module)
+            for index, adapter in enumerate(adapters)
+            for module in adapter.factors
+            if (owner := first.setdefault(module, index)) != index
+        ]
+        for index, owner, module in shared:
+            rank, common = (adapters[k].factors[module].rank for k in (index, owner))
+            if rank != common:
+                raise self.unequal_rank(who(index), module, rank, who(owner), common)
+        for index, owner, module in shared:
+            if not adapters[index].factors[module].same_a(adapters[owner].factors[module]):
+                raise AdapterError(
+                    f"{who(index)}, module {module}: A differs from {who(owner)}'s; {self.name} "
+                    "expects one fixed A in all clients (only B is trained)"
                 )
 
     def unequal_rank(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.rules._rule import Rule
 
 if TYPE_CHECKING:
@@ -51,25 +50,4 @@ class FFA(Rule):
         Raises:
             AdapterError: names the client, the module and the client it differs from.
         """
-        from fedlora_kernels.adapters.peft_format import label
-
-        def who(index: int) -> str:
-            return label(index, adapters[index].name)
-
-        first: dict[str, int] = {}
-        shared = [
-            (index, owner, module)
-            for index, adapter in enumerate(adapters)
-            for module in adapter.factors
-            if (owner := first.setdefault(module, index)) != index
-        ]
-        for index, owner, module in shared:
-            rank, common = (adapters[k].factors[module].rank for k in (index, owner))
-            if rank != common:
-                raise self.unequal_rank(who(index), module, rank, who(owner), common)
-        for index, owner, module in shared:
-            if not adapters[index].factors[module].same_a(adapters[owner].factors[module]):
-                raise AdapterError(
-                    f"{who(index)}, module {module}: A differs from {who(owner)}'s; {self.name} "
-                    "expects one fixed A in all clients (only B is trained)"
-                )
+        self.common_a(adapters)

@@ -169,7 +169,7 @@ def test_bytes_from_shapes_are_those_of_what_travels(rule: str, heads: str) -> N
     rest = 0 if result.residual is None else result.residual.bytes
     for k, client in enumerate(drawn.adapters):
         sent = sum(x.nbytes for x in delivery.sent(client).values())
-        received = sum(x.nbytes for x in delivery.sent(result.client_adapter(k)).values())
+        received = sum(x.nbytes for x in delivery.returned(result.client_adapter(k)).values())
         assert (result.bytes_up[k], result.bytes_down[k]) == (sent, rest + received)
 
 

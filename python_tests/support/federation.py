@@ -36,7 +36,7 @@ AVERAGING_RULES = (
 )
 """The rules that need equal ranks."""
 
-FIXED_A = ("ffa", "rolora")
+FIXED_A = ("ffa", "rolora", "fedsvd")
 """The rules whose clients here hold one A."""
 
 BY_HOLDERS = ("raflora", "rbla")
