@@ -75,6 +75,11 @@ class Aggregation:
         """Whether the tensors beside the factors were averaged, or stay with their clients."""
         return self.delivery.heads
 
+    @property
+    def recalled(self) -> Any:
+        """What the last round had carried, as this one was given it."""
+        return self._work.carried
+
     @cached_property
     def carried(self) -> Any:
         """What the next round takes as ``carried``: None for a rule without memory."""
@@ -170,7 +175,10 @@ class Work:
         more = rule.joins(carried)
         self.joined = round_.joined(more) if more else None
         """the batches with what the rule carried over from the last round, if anything"""
-        self._prepared = rule.prepared(round_.read(self.joined)) if rule.joint else rule
+        self.carried = carried
+        """what the last round carried"""
+        known = rule.recalled(carried)
+        self._prepared = known.prepared(round_.read(self.joined)) if rule.joint else known
         self._factors: dict[str, Factors] = {}
         self._residuals: dict[str, Factors] = {}
         self._kept: dict[str, Factors] = {}

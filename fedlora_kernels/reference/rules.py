@@ -335,6 +335,40 @@ def fedmomentum(
     return truncate(update, bs[0].shape[1]), truncate(update, end)
 
 
+def rotation(product: torch.Tensor, softness: float = 1.0) -> torch.Tensor:
+    """The rotation nearest to a square matrix, det R = 1, then as far toward it from I as asked."""
+    left, _, right = torch.linalg.svd(product.double())
+    if float(torch.linalg.det(left @ right)) < 0:
+        left = torch.cat([left[:, :-1], -left[:, -1:]], dim=1)
+    identity = torch.eye(len(product), dtype=torch.float64)
+    left, _, right = torch.linalg.svd((1 - softness) * identity + softness * (left @ right))
+    return torch.matmul(left, right)
+
+
+def fedrot(
+    bs: Factors,
+    as_: Factors,
+    scalings: Numbers,
+    weights: Numbers,
+    last: tuple[torch.Tensor, torch.Tensor] | None = None,
+    side: str = "a",
+    softness: float = 0.5,
+) -> torch.Tensor:
+    """FedRot-LoRA (arXiv 2602.23638): FedIT of B_k R_k and R_k^T A_k.
+
+    R_k rotates client k's A (or B) toward the last global adapter's; no rotation without one.
+    """
+    if last is not None:
+        products = [
+            a.double() @ last[1].double().mT if side == "a" else b.double().mT @ last[0].double()
+            for b, a in zip(bs, as_, strict=True)
+        ]
+        rotations = [rotation(product, softness) for product in products]
+        bs = [b.double() @ r for b, r in zip(bs, rotations, strict=True)]
+        as_ = [r.mT @ a.double() for a, r in zip(as_, rotations, strict=True)]
+    return fedit(bs, as_, scalings, weights)
+
+
 def fedsvd(
     bs: Factors, as_: Factors, scalings: Numbers, weights: Numbers
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -140,6 +140,10 @@ class Rule:
             raise TypeError(f"rule {self.name!r} has no memory, found carried={carried!r}")
         return ()
 
+    def recalled(self, carried: Any) -> Rule:
+        """The rule with what else it needs to know of ``carried``, the number of rounds say."""
+        return self
+
     def carry(self, result: Aggregation) -> Any:
         """What the next round's ``carried`` is: None for a rule without memory."""
         return None

@@ -302,6 +302,7 @@ SAMPLES = {
     "error_rank": ("3", 3),
     "kept_energy": ("0.75", 0.75),
     "momentum": ("0.5", 0.5),
+    "softness": ("0.75", 0.75),
 }
 
 

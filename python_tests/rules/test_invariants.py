@@ -279,7 +279,7 @@ def test_uniform_rank_pads_without_a_change(rule: str) -> None:
         ) <= 1e-12 * round_.magnitude(module)
 
 
-AVERAGING = ("fedit", "ffa", "fedsa", "flora", "hetlora", "rolora", "rbla")
+AVERAGING = ("fedit", "ffa", "fedsa", "flora", "hetlora", "rolora", "rbla", "fedrot")
 """Rules whose coefficients of a batch need no Gram matrix: they are computed for the report, and
 before the first batch is solved where the modules depend on each other.
 """

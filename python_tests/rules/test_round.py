@@ -130,7 +130,7 @@ def test_a_tensor_that_changed_after_the_round_was_made_is_refused(rule: str) ->
     words = rf"client 1 \(site-1\), module {module}: a tensor was changed in place"
     with pytest.raises(flk.AdapterError, match=words):
         round_.aggregate(rule)
-    if rule in ("fedit", "ffa", "fedsa", "flora", "fedex", "rolora", "rbla"):
+    if rule in ("fedit", "ffa", "fedsa", "flora", "fedex", "rolora", "rbla", "fedrot"):
         with pytest.raises(flk.AdapterError, match=words):
             _ = result.report
     else:
