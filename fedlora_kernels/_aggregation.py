@@ -51,6 +51,11 @@ class Aggregation:
         self._work = work
 
     @property
+    def kept(self) -> Adapter | None:
+        """What the server keeps for the next round, where the rule has memory of that kind."""
+        return self._work.kept
+
+    @property
     def rule(self) -> Rule:
         """The rule with its options."""
         return self.delivery.rule
@@ -69,6 +74,11 @@ class Aggregation:
     def heads(self) -> str:
         """Whether the tensors beside the factors were averaged, or stay with their clients."""
         return self.delivery.heads
+
+    @property
+    def recalled(self) -> Any:
+        """What the last round had carried, as this one was given it."""
+        return self._work.carried
 
     @cached_property
     def carried(self) -> Any:
@@ -90,7 +100,7 @@ class Aggregation:
     @property
     def shared(self) -> dict[str, Tensor]:
         """The state that travels back to every client."""
-        return self.delivery.sent(self.adapter)
+        return self.delivery.returned(self.adapter)
 
     def client_adapter(self, k: int) -> Adapter:
         """What client k receives, ready to run: see :meth:`Delivery.received`.
@@ -120,7 +130,8 @@ class Aggregation:
         """
         with folder.replaced(Path(path), WRITTEN) as made:
             self.adapter.write(made)
-            described = {"rule": self.rule.name, "modules": self.report.as_dict()}
+            noted = {"note": self.report.note} if self.report.note else {}
+            described = {"rule": self.rule.name, **noted, "modules": self.report.as_dict()}
             text = json.dumps(described, indent=2)
             (made / "report.json").write_text(text + "\n", encoding="utf-8")
             if self.residual is not None:
@@ -164,9 +175,13 @@ class Work:
         more = rule.joins(carried)
         self.joined = round_.joined(more) if more else None
         """the batches with what the rule carried over from the last round, if anything"""
-        self._prepared = rule.prepared(round_.read(self.joined)) if rule.joint else rule
+        self.carried = carried
+        """what the last round carried"""
+        known = rule.recalled(carried)
+        self._prepared = known.prepared(round_.read(self.joined)) if rule.joint else known
         self._factors: dict[str, Factors] = {}
         self._residuals: dict[str, Factors] = {}
+        self._kept: dict[str, Factors] = {}
         self._swept: list[dict[float, Swept]] = []
         self._averaged = True
         """whether all factors are averages of the clients' factors"""
@@ -184,10 +199,15 @@ class Work:
         """
         grams.batch.refuse_changes()
         solution = self._prepared.solve(grams)
-        self._factors.update(_factors(grams.batch, solution.adapter, self._rule.sends, self._dtype))
+        self._factors.update(
+            _factors(grams.batch, solution.adapter, self._rule.comes_back(), self._dtype)
+        )
         self._averaged &= isinstance(solution.adapter, Mixture)
         if solution.residual is not None:
             self._residuals.update(_factors(grams.batch, solution.residual, "both", self._dtype))
+        if solution.kept is not None:  # errors add up over the rounds: float32 at least
+            wide = torch.promote_types(grams.batch.dtype, torch.float32)
+            self._kept.update(_factors(grams.batch, solution.kept, "both", wide))
         if solution.sweep:
             self._swept.append(swept(grams, solution))
         if not grams.computed:
@@ -196,6 +216,14 @@ class Work:
             self._reports.append((grams, solution))
         else:
             self._reports.append(report(grams, solution))
+
+    @property
+    def kept(self) -> Adapter | None:
+        """What solutions keep for the next round."""
+        if not self._kept:
+            return None
+        config = _config(self._round.clients, self._kept, rslora=False)
+        return Adapter(dict(sorted(self._kept.items())), peft_format.headless(config))
 
     def report(self) -> Report:
         """The rows of all modules, by name."""
@@ -208,7 +236,9 @@ class Work:
             rows.update(report(grams, solution or self._prepared.solve(grams)))
             if not self._round.keeps(grams):
                 grams.forget()
-        return Report(sorted(rows.items()))
+        complete = Report(sorted(rows.items()))
+        complete.note = self._rule.note
+        return complete
 
     def result(self) -> Aggregation:
         """The global adapter of all batches that were taken."""

@@ -2,6 +2,7 @@
 
 delivery = result.delivery
 delivery.sent(client)            the tensors that this client sends
+delivery.returned(result)        the tensors that go back
 delivery.received(client)        what it receives, ready to run
 delivery.bytes_down(client)      what that costs, from shapes: nothing is built for it
 """
@@ -38,8 +39,15 @@ class Delivery:
             raise ValueError(f"heads must be average or local, found {self.heads!r}")
 
     def sent(self, adapter: Adapter) -> dict[str, Tensor]:
-        """The tensors of an adapter that travel, under PEFT's keys."""
-        factors = adapter.factor_tensors(self.rule.sends)
+        """The tensors of a client's adapter that travel up, under PEFT's keys."""
+        return self._travels(adapter, self.rule.sends)
+
+    def returned(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The tensors of the result, or of a client's part of it, that travel down."""
+        return self._travels(adapter, self.rule.comes_back())
+
+    def _travels(self, adapter: Adapter, sides: str) -> dict[str, Tensor]:
+        factors = adapter.factor_tensors(sides)
         if self.heads == "local":
             return factors
         return {**self._extras(adapter), **factors}
@@ -91,18 +99,18 @@ class Delivery:
 
     def bytes_up(self, client: Adapter) -> int:
         """Bytes that a client sends."""
-        return self._bytes(client, client)
+        return self._bytes(client, client, self.rule.sends)
 
     def bytes_down(self, client: Adapter) -> int:
         """Bytes that a client receives, a residual included."""
         rest = 0 if self.residual is None else self.residual.bytes
         shaped = self.adapter if self.rule.receives == "global" else client
-        return rest + self._bytes(shaped, self.adapter)
+        return rest + self._bytes(shaped, self.adapter, self.rule.comes_back())
 
-    def _bytes(self, shaped: Adapter, owner: Adapter) -> int:
+    def _bytes(self, shaped: Adapter, owner: Adapter, sides: str) -> int:
         """Factors of one adapter's shapes, beside the extras of another."""
         heads = self._extras(owner).values() if self.heads == "average" else ()
-        factors = shaped.factor_tensors(self.rule.sends).values()
+        factors = shaped.factor_tensors(sides).values()
         return sum(tensor.nbytes for tensor in (*factors, *heads))
 
 

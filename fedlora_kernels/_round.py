@@ -149,10 +149,12 @@ class Round:
         """The batches of the clients beside further adapters, whose weights stay as they are."""
         weights = self.weights.new_tensor([weight for _, weight in more])
         adapters = (*self.clients, *(adapter for adapter, _ in more))
-        return self._stacked(adapters, torch.cat([self.weights, weights]))
+        return self._stacked(adapters, torch.cat([self.weights, weights]), joined=len(more))
 
-    def _stacked(self, adapters: Sequence[Adapter], weights: torch.Tensor) -> list[Grams]:
-        batches = stack(adapters, weights, absent=self._absent, device=self._device)
+    def _stacked(
+        self, adapters: Sequence[Adapter], weights: torch.Tensor, joined: int = 0
+    ) -> list[Grams]:
+        batches = stack(adapters, weights, absent=self._absent, device=self._device, joined=joined)
         made = [Grams(batch, self._precision) for batch in batches]
         self._made.update(made)
         return made

@@ -4,6 +4,7 @@ The report of a result is read by the check, never in the timed call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ TINY = Case("TinyLlama-1.1B", "q_proj", equal(8, 16), modules=22)
 LLAMA = Case("Llama-3-8B", "v_proj", FLORIST_RANKS, modules=32)
 DENSE = Case("TinyLlama-1.1B", "v_proj", equal(8, 16), modules=2)
 
-CASES = (
+FIXED_A = "fixed_a"
+"""The family of clients that hold one A, which rules that train one factor at a time need."""
+
+CHOSEN = (
     (TINY, "fedit"),
     (TINY, "flora_na"),
     (TINY, "flora"),
@@ -36,6 +40,23 @@ CASES = (
     (TINY, "hetlora"),
     (DENSE, "flexlora"),
 )
+
+
+def on_tiny(rule: str) -> Case:
+    """The case of a rule that none was chosen for."""
+    both = flk.rules.find(rule).trains == "both"
+    return TINY if both else replace(TINY, family=FIXED_A)
+
+
+CASES = (
+    *CHOSEN,
+    *(
+        (on_tiny(rule), rule)
+        for rule in flk.rules.names()
+        if rule not in [chosen for _, chosen in CHOSEN]
+    ),
+)
+"""Every rule has one."""
 
 PEERS: Mapping[str, Sequence[Peer[Any]]] = {
     "fedit": (flower.PEER,),

@@ -21,6 +21,7 @@ from benchmarks.stand.shapes import Case, equal
 from benchmarks.stand.suite import Make, Suite
 from benchmarks.stand.table import duration
 from benchmarks.suites import aggregate
+from benchmarks.suites.aggregate import FIXED_A
 
 LARGE = Case("RoBERTa-large", "query", equal(3, 8), modules=24, beside=("value",))
 TINYLLAMA = Case("TinyLlama-1.1B", "q_proj", equal(8, 16), modules=22, beside=("v_proj",))
@@ -46,9 +47,6 @@ TARGETS: Mapping[str, tuple[float, float, float]] = {
     "flexlora": (1 / 2.5, 1 / 3.5, 1 / 2.0),
 }
 """At most this share of the first peer's time, in the order of ``CASES``."""
-
-FIXED_A = "fixed_a"
-"""The family of FFA-LoRA's clients."""
 
 
 def comparisons(device: Device) -> Mapping[str, Make]:

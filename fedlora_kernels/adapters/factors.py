@@ -65,6 +65,10 @@ class Factors:
         """Whether both have the same A, to the bit."""
         return self.a is other.a or torch.equal(self.a, other.a.to(self.a.device))
 
+    def same_b(self, other: "Factors") -> bool:
+        """Whether both have the same B, to the bit."""
+        return self.b is other.b or torch.equal(self.b, other.b.to(self.b.device))
+
     @property
     def bytes(self) -> int:
         """Bytes of both factors."""

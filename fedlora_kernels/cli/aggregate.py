@@ -188,6 +188,7 @@ def _described(result: "Aggregation", out: str, seconds: float) -> dict[str, Any
     return {
         "rule": result.rule.name,
         "clients": [adapter.name for adapter in result.clients],
+        **({"note": report.note} if report.note else {}),
         "modules": report.as_dict(),
         "mean": {
             "rank": report.mean_rank,
@@ -223,6 +224,8 @@ def _show(result: "Aggregation", out: str, seconds: float, every_module: bool) -
     )
     parts += [f"{seconds:.2f} s", f"written to {out}"]
     console.print(Text("; ".join(parts)), soft_wrap=True)
+    if report.note:
+        console.print(Text(f"note: {report.note}"), soft_wrap=True)
 
 
 def _by_module(report: "Report") -> Table:

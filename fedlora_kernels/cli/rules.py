@@ -17,11 +17,11 @@ def rules(markdown: bool) -> None:
         return
     console = screen.out()
     wide = console.width >= screen.NARROW
-    names = ["rule", "title", "arXiv"] if wide else ["rule"]
+    names = ["rule", "title", "paper"] if wide else ["rule"]
     table = screen.table(*names, "travels", "global update", "ranks", "after", "options")
     for rule in map(registry.find, registry.names()):
         name = Text(rule.name, style="bold")
-        paper = Text(rule.paper, style=f"link https://arxiv.org/abs/{rule.paper}")
+        paper = Text(rule.paper, style=f"link {rule.link()}")
         table.add_row(
             *([name, Text(rule.title), paper] if wide else [Text("\n").join((name, paper))]),
             Text(rule.travels),
@@ -31,7 +31,7 @@ def rules(markdown: bool) -> None:
             Text((" " if wide else "\n").join(map(flag, rule.options())) or "-"),
         )
     for column in table.columns:
-        column.no_wrap = column.header in ("rule", "arXiv", "ranks", "after")
+        column.no_wrap = column.header in ("rule", "paper", "ranks", "after")
     screen.show(console, table)
 
 
@@ -44,7 +44,7 @@ def as_markdown() -> str:
         lines.append(
             (
                 f"`{rule.name}`",
-                f"{rule.title}, [{rule.paper}](https://arxiv.org/abs/{rule.paper})",
+                f"{rule.title}, [{rule.paper}]({rule.link()})",
                 rule.travels,
                 rule.exact,
                 "yes" if rule.heterogeneous else "no",

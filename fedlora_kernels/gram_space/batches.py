@@ -49,6 +49,10 @@ class Batch:
     """L module names"""
     clients: tuple[int, ...]
     """indices of the K clients that have these modules"""
+    federation: int
+    """how many adapters the round has, those without these modules included"""
+    joined: int
+    """how many of them, the last ones, a rule with memory added to the clients"""
     names: tuple[str | None, ...]
     """the K clients' own names"""
     ranks: tuple[int, ...]
@@ -59,8 +63,10 @@ class Batch:
     """the dtype that holds every client's numbers"""
     device: torch.device
     """where the work is done"""
+    shares: Tensor
+    """the clients' shares of all weights of the round, [K] float64"""
     weights: Tensor
-    """w_k [K] float64"""
+    """w_k [K] float64: the shares themselves, or scaled up to sum to 1 (absent="renormalize")"""
     scalings: Tensor
     """s_lk [L,K] float64"""
     pairs: tuple[Factors, ...]
@@ -92,6 +98,17 @@ class Batch:
     def a(self) -> Tensor:
         """The stack [L,R,n]: a copy."""
         return stacked(self.list_a, len(self.modules), rows=True)
+
+    @property
+    def client_ranks(self) -> tuple[int, ...]:
+        """r_k of the clients alone, without what a rule with memory joined to them."""
+        first = self.federation - self.joined
+        return tuple(r for k, r in zip(self.clients, self.ranks, strict=True) if k < first)
+
+    @property
+    def renormalized(self) -> bool:
+        """Whether clients without these modules count as if they were not there."""
+        return self.weights is not self.shares
 
     @cached_property
     def one_scaling(self) -> bool:
@@ -166,6 +183,7 @@ def stack(
     *,
     absent: str = "zero",
     device: torch.device | str | None = None,
+    joined: int = 0,
 ) -> list[Batch]:
     """Batches of all modules of all clients.
 
@@ -175,6 +193,7 @@ def stack(
         absent: a client without a module contributed a zero update ("zero"), or the others'
             weights are scaled up to sum to 1 for that module ("renormalize").
         device: where the work is done; where the adapters are when None.
+        joined: how many of the adapters, the last ones, are not clients.
 
     Raises:
         AdapterError: clients disagree about a module's size, and the message names both; or the
@@ -186,7 +205,7 @@ def stack(
     for module in sorted({name for adapter in adapters for name in adapter.factors}):
         groups.setdefault(_signature(adapters, module), []).append(module)
     return [
-        _batch(adapters, signature, part, weights, absent, device)
+        _batch(adapters, signature, part, weights, absent, device, joined)
         for signature, modules in groups.items()
         for part in _parts(modules, sum(signature.ranks))
     ]
@@ -228,24 +247,31 @@ def _batch(
     weights: Tensor,
     absent: str,
     device: torch.device | str | None,
+    joined: int,
 ) -> Batch:
     size, present, ranks, dtype = signature
     clients = [adapters[k].factors for k in present]
     pairs = [factors[module] for module in modules for factors in clients]
     where = pairs[0].layout.device_b if device is None else torch.device(device)
-    present_weights = weights if len(present) == len(adapters) else weights[list(present)]
-    if absent == "renormalize" and bool(present_weights.sum() > 0):
-        present_weights = present_weights / present_weights.sum()
+    shares = weights if len(present) == len(adapters) else weights[list(present)]
+    shares = present_weights = shares.to(where)
+    count = sum(k < len(adapters) - joined for k in present)
+    if absent == "renormalize" and bool(shares[:count].sum() > 0):
+        scaled_up = shares[:count] / shares[:count].sum()
+        present_weights = torch.cat([scaled_up, shares[count:]])
     scalings = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64)
     made = Batch(
         modules=tuple(modules),
         clients=present,
+        federation=len(adapters),
+        joined=joined,
         names=tuple(adapters[k].name for k in present),
         ranks=ranks,
         size=size,
         dtype=dtype,
         device=where,
-        weights=present_weights.to(where),
+        shares=shares,
+        weights=present_weights,
         scalings=scalings.view(len(modules), len(present)).to(where),
         pairs=tuple(pairs),
         versions=tuple([pair.version for pair in pairs]),

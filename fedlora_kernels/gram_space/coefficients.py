@@ -57,10 +57,14 @@ class Product:
     x: Tensor
     y: Tensor
     ranks: Tensor
+    common: Tensor | None = None
+    """the clients' scaling, [L], which x contains and the factors leave out"""
 
     @property
     def scaling(self) -> Tensor:
-        """1: the scalings are inside X and Y."""
+        """The clients' common one, or 1: the scalings are inside X and Y."""
+        if self.common is not None:
+            return self.common
         return torch.ones_like(self.ranks, dtype=torch.float64)
 
     def computed(self, sends: str) -> str:
@@ -69,7 +73,8 @@ class Product:
 
     def factors(self, batch: Batch, sends: str = "both") -> tuple[Side, Side]:
         """combine."""
-        return ops.combine_list(batch.list_b, batch.list_a, self.x, self.y)
+        x = self.x if self.common is None else self.x / self.common[:, None, None]
+        return ops.combine_list(batch.list_b, batch.list_a, x, self.y)
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,8 @@ class Solution:
     adapter: Coefficients
     residual: Product | None = None
     """what the clients merge into the base beside the adapter (FedEx)"""
+    kept: Product | None = None
+    """what the server keeps for the next round, where the rule has memory of that kind"""
     sweep: Mapping[float, Tensor] = field(default_factory=dict)
     """energy -> ranks [L], when the rule was asked for a whole curve"""
     spectrum: Spectrum | None = None
@@ -247,9 +254,51 @@ def common_scaling(grams: Grams) -> tuple[Tensor, Tensor]:
     return scaling, grams.scalings / scaling[:, None]
 
 
+def padded(grams: Grams, b: Tensor, a: Tensor) -> Product:
+    """Factors of any ranks added up position by position, as if padded with zeros to the largest.
+
+    Args:
+        grams: of the modules.
+        b: [L,R], what every stacked column of B is multiplied with.
+        a: [L,R], the same for the rows of A.
+    """
+    widest = max(grams.ranks)
+    place = torch.nn.functional.one_hot(positions(grams), widest).double()  # [R,p]
+    return Product(
+        x=b[:, :, None] * place,
+        y=(a[:, :, None] * place).mT.contiguous(),
+        ranks=grams.same_rank(widest),
+    )
+
+
+def holders(grams: Grams) -> Tensor:
+    """w_k over the weights of all clients that have the rank position, once per stacked rank: [R].
+
+    A client of rank r_k has the positions 1 to r_k. Where all of a position's clients have weight
+    0, it is 0.
+    """
+    here = positions(grams)
+    ranks = torch.tensor(grams.ranks, device=here.device)
+    total = (ranks[None, :] > here[:, None]).double() @ grams.weights
+    return grams.weights[grams.batch.owner] / total.where(total > 0, 1)
+
+
+def positions(grams: Grams) -> Tensor:
+    """The position of every stacked rank within its client: [R] int64."""
+    device = grams.batch.device
+    return torch.cat([torch.arange(rank, device=device) for rank in grams.ranks])
+
+
+def between(x: Tensor, y: Tensor, begin: int, ends: Tensor) -> Product:
+    """The columns of X and rows of Y from ``begin`` to each module's end, which may be before."""
+    return leading(x[:, :, begin:], y[:, begin:], (ends - begin).clamp_min(0))
+
+
 def leading(x: Tensor, y: Tensor, ranks: Tensor) -> Product:
     """The first ranks[l] columns of X and rows of Y, in a Product as wide as the largest rank."""
     width = max(1, int(ranks.max()))
+    if x.shape[2] < width:  # nothing is left: one column of zeros
+        x, y = x.new_zeros(*x.shape[:2], width), y.new_zeros(len(y), width, y.shape[2])
     keep = torch.arange(width, device=ranks.device)[None, :] < ranks[:, None]
     return Product(
         x[:, :, :width].where(keep[:, None, :], 0), y[:, :width].where(keep[:, :, None], 0), ranks

@@ -22,13 +22,27 @@ from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
 class Spectrum:
     """Singular values of L modules and the coefficients of their vectors (see ops.spectrum)."""
 
-    def __init__(self, grams: "Grams", energy: float, max_rank: int | None) -> None:
+    def __init__(
+        self, grams: "Grams", energy: float, max_rank: int | None, scale: Tensor | None = None
+    ) -> None:
+        """Of B diag(scale) A, [L,R]; of the ideal update B D A when None."""
+        scale = grams.scale if scale is None else scale
         self.sigma, self.total_energy, self.left, self.right, _ = ops.spectrum(
-            grams.b, grams.a, grams.scale, energy, max_rank
+            grams.b, grams.a, scale, energy, max_rank
         )
         """[L,R], [L], [L,R,R], [L,R,R]"""
         if grams.precision == "fast":
-            self.right = right_of_left(self.sigma, self.left, grams.b, grams.scale)
+            self.right = right_of_left(self.sigma, self.left, grams.b, scale)
+
+    def split(self, carrier: str) -> tuple[Tensor, Tensor]:
+        """The coefficients X and Y with the singular values in B ("b"), in A ("a"), or their roots
+        in both ("balanced").
+        """
+        if carrier == "b":
+            return self.left, self.right
+        moved = self.sigma if carrier == "a" else self.sigma.sqrt()
+        inverse = (1 / moved).where(moved > 0, 0)
+        return self.left * inverse[:, None, :], self.right * moved[:, :, None]
 
 
 class Grams:

@@ -31,6 +31,9 @@ class ModuleReport:
 class Report(dict[str, ModuleReport]):
     """Module name -> :class:`ModuleReport`, with means over the modules."""
 
+    note: str = ""
+    """what the rule says about its result beside the numbers (:attr:`Rule.note`)"""
+
     @property
     def relative_error(self) -> float:
         """Mean relative error."""

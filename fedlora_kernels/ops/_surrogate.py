@@ -20,6 +20,8 @@ exceeds, and the client with the largest update, which escapes FedIT's one bad c
 factors cancel in the mean although their products agree).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -101,24 +103,57 @@ def _composed(
     weights, scale = weights.double(), scale.double()
     rank = gram_b.shape[1] // clients
     rows = scale.repeat_interleave(rank, dim=1)
-    blocks_b = _blocks(rows[:, :, None] * gram_b * rows[:, None, :], clients)
-    blocks_a = _blocks(gram_a, clients)
-    cross = _cross(blocks_b, blocks_a, weights)
+    blocks_b = blocks(rows[:, :, None] * gram_b * rows[:, None, :], clients)
+    blocks_a = blocks(gram_a, clients)
+    cross = cross_products(blocks_b, blocks_a, weights)
     total = (weights * cross.diagonal(dim1=-2, dim2=-1)).sum(-1, keepdim=True)
     flat_b = blocks_b.reshape(modules, clients * clients, rank * rank)
     flat_a = blocks_a.reshape(modules, clients * clients, rank * rank)
 
     # p and q are [L,2,K]: FedIT's start, then the dominant client's.
     own = torch.einsum("lkkij,lkkij->lk", blocks_b, blocks_a).clamp_min(0).sqrt()
-    dominant = torch.nn.functional.one_hot((weights * own).argmax(-1), clients).double()
-    p = torch.stack([weights.expand(modules, clients), dominant], dim=1)
-    q = p.clone()
+    start = starts(weights.expand(modules, clients), own)
+    p, q, trace = alternate(Bilinear(total, cross, flat_b, flat_a), start, max_sweeps, tol)
+    norm_p, norm_q = p.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)
+    balance = torch.where((norm_p > 0) & (norm_q > 0), (norm_p / norm_q).sqrt(), 1)
+    return p / balance, q * balance, trace
+
+
+class Bilinear(NamedTuple):
+    """f(p, q) = total - 2 q^T M p + sum q_u q_u' p_v p_v' <b_uu', a_vv'> of L problems."""
+
+    total: Tensor
+    """||dW||^2, [L,1]"""
+    cross: Tensor
+    """M, [L,K,K]"""
+    flat_b: Tensor
+    """b_uu', [L,K*K,d]: the blocks of G_B, or anything with the same inner products"""
+    flat_a: Tensor
+    """a_vv', [L,K*K,d]"""
+
+
+def starts(weights: Tensor, own: Tensor) -> Tensor:
+    """FedIT's weights and the client alone whose weighted update is the largest, [L,2,K]."""
+    dominant = torch.nn.functional.one_hot((weights * own).argmax(-1), weights.shape[-1]).double()
+    return torch.stack([weights, dominant], dim=1)
+
+
+def alternate(
+    problem: Bilinear, start: Tensor, max_sweeps: int, tol: float, moves: Tensor | None = None
+) -> Surrogate:
+    """Alternating least squares from p = q = start [L,2,K]; the better end of each problem.
+
+    ``moves`` [K,n] are the directions in which p and q may leave the start; any when None.
+    Returns p [L,K], q [L,K] and f after every sweep [L,max_sweeps+1].
+    """
+    total, cross, flat_b, flat_a = problem
+    p = q = start
     best = _objective(total, cross, flat_b, flat_a, p, q)
     trace = [best[:, 0]]
     active = torch.ones_like(best, dtype=torch.bool)
     for _ in range(max_sweeps):
-        new_q = _step(flat_b, flat_a, p, cross)
-        new_p = _step(flat_a, flat_b, new_q, cross.mT)
+        new_q = _step(flat_b, flat_a, p, cross, q, moves)
+        new_p = _step(flat_a, flat_b, new_q, cross.mT, p, moves)
         new_p, new_q = _looks(p, new_p), _looks(q, new_q)
         value = _objective(total, cross, flat_b, flat_a, new_p.flatten(1, 2), new_q.flatten(1, 2))
         value, look = value.unflatten(1, (2, len(_LOOKS))).min(-1)
@@ -132,12 +167,8 @@ def _composed(
         if not best.is_cuda and not bool(active.any()):
             break
     trace.extend(trace[-1:] * (max_sweeps + 1 - len(trace)))
-
-    start = best.argmin(-1)
-    p, q = _chosen(p, start), _chosen(q, start)
-    norm_p, norm_q = p.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)
-    balance = torch.where((norm_p > 0) & (norm_q > 0), (norm_p / norm_q).sqrt(), 1)
-    return p / balance, q * balance, torch.stack(trace, dim=1)
+    end = best.argmin(-1)
+    return _chosen(p, end), _chosen(q, end), torch.stack(trace, dim=1)
 
 
 def _looks(before: Tensor, after: Tensor) -> Tensor:
@@ -152,13 +183,13 @@ def _chosen(candidates: Tensor, index: Tensor) -> Tensor:
     return candidates.gather(-2, where).squeeze(-2)
 
 
-def _blocks(gram: Tensor, clients: int) -> Tensor:
+def blocks(gram: Tensor, clients: int) -> Tensor:
     """[L,R,R] as blocks between clients, [L,K,K,r,r]."""
     split: Tensor = gram.unflatten(2, (clients, -1)).unflatten(1, (clients, -1))
     return split.transpose(2, 3)
 
 
-def _cross(blocks_b: Tensor, blocks_a: Tensor, weights: Tensor) -> Tensor:
+def cross_products(blocks_b: Tensor, blocks_a: Tensor, weights: Tensor) -> Tensor:
     """M_uv = sum_k w_k <G_B^{ku}, G_A^{kv}>, [L,K,K]."""
     weighted = blocks_b * weights[:, None, None, None]
     return weighted.transpose(1, 2).flatten(2) @ blocks_a.transpose(1, 2).flatten(2).mT
@@ -179,24 +210,35 @@ def _objective(
     return (total - 2 * linear + square).clamp_min(0)
 
 
-def _step(flat: Tensor, other_flat: Tensor, other: Tensor, cross: Tensor) -> Tensor:
+def _step(
+    flat: Tensor,
+    other_flat: Tensor,
+    other: Tensor,
+    cross: Tensor,
+    before: Tensor,
+    moves: Tensor | None,
+) -> Tensor:
     """The minimizer over one side's mixing with the other side's fixed, [L,2,K].
 
     H is scaled to a unit diagonal first (a client with B times c and A over c is the same client),
     then solved in the least-norm sense: duplicate clients make it singular, and eigenvalues under
-    16 K eps of the largest are noise.
+    16 K eps of the largest are noise. Where only some moves are allowed, the step is among those.
     """
     modules, starts, clients = other.shape
     normal = (_quadratic(other_flat, other) @ flat.mT).view(modules, starts, clients, clients)
+    right = other @ cross.mT
+    if moves is not None:
+        right = (right - (normal @ before[..., None])[..., 0]) @ moves
+        normal = moves.mT @ normal @ moves
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     unit = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
     normal = unit[..., :, None] * normal * unit[..., None, :]
     values, vectors = torch.linalg.eigh((normal + normal.mT) / 2)
     noise = 16 * clients * torch.finfo(torch.float64).eps * values[..., -1:]
     inverse = torch.where(values > noise, 1 / values, 0)
-    right = unit * (other @ cross.mT)
-    solved: Tensor = vectors @ (inverse[..., None] * (vectors.mT @ right[..., None]))
-    return unit * solved[..., 0]
+    solved: Tensor = vectors @ (inverse[..., None] * (vectors.mT @ (unit * right)[..., None]))
+    step = unit * solved[..., 0]
+    return step if moves is None else before + step @ moves.mT
 
 
 def _fake(

@@ -23,7 +23,7 @@ _RULES: dict[str, type[Rule]] = {
             for kind in vars(import_module(f"{__name__}.{found.name}")).values()
             if isinstance(kind, type) and issubclass(kind, Rule) and kind is not Rule
         ),
-        key=lambda kind: kind.paper,
+        key=lambda kind: kind.published or kind.paper,
     )
 }
 

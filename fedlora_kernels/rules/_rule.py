@@ -16,6 +16,7 @@ from fedlora_kernels.adapters.error import AdapterError
 if TYPE_CHECKING:
     from fedlora_kernels._aggregation import Aggregation
     from fedlora_kernels.adapters.adapter import Adapter
+    from fedlora_kernels.adapters.factors import Factors
     from fedlora_kernels.gram_space.coefficients import Solution
     from fedlora_kernels.gram_space.grams import Grams
 
@@ -45,7 +46,9 @@ class Rule:
     """its name in the registry: that of its file"""
     title: ClassVar[str]
     paper: ClassVar[str]
-    """arXiv number"""
+    """arXiv number, or a DOI"""
+    published: ClassVar[str] = ""
+    """year and month, 2507 say, where ``paper`` is a DOI"""
     travels: ClassVar[str] = "A and B"
     """what a client sends, in words"""
     exact: ClassVar[str]
@@ -55,11 +58,13 @@ class Rule:
     heterogeneous: ClassVar[bool] = False
     """clients may have different ranks"""
     sends: ClassVar[Literal["both", "b", "a"]] = "both"
-    """the factors a client sends up and receives down"""
+    """the factors a client sends up, and receives down where ``returns`` says nothing else"""
+    returns: ClassVar[Literal["both", "b", "a", "as sent"]] = "as sent"
+    """the factors a client receives"""
     receives: ClassVar[Literal["global", "leading", "own"]] = "global"
     """client k gets the global adapter, its leading r_k components, or shared A with its own B"""
-    trains: ClassVar[Literal["both", "b"]] = "both"
-    """the factors a client trains"""
+    trains: ClassVar[Literal["both", "b", "alternate"]] = "both"
+    """the factors a client trains; "alternate" is B in odd rounds, A in even ones"""
     after: ClassVar[Literal["continue", "merge"]] = "continue"
     """what a round starts from by default: the global adapter, or the base with it merged in"""
     separable: ClassVar[bool] = False
@@ -72,6 +77,20 @@ class Rule:
     """clients keep different models (their own B and heads); there is no merged global one"""
     aggregates: ClassVar[tuple[str, ...]] = ("LORA",)
     """the adapter kinds that it can aggregate, as PEFT's peft_type"""
+
+    @classmethod
+    def link(cls) -> str:
+        """The address of the paper."""
+        return (
+            f"https://doi.org/{cls.paper}"
+            if cls.published
+            else f"https://arxiv.org/abs/{cls.paper}"
+        )
+
+    @classmethod
+    def comes_back(cls) -> str:
+        """The factors a client receives: "both", "b" or "a"."""
+        return cls.sends if cls.returns == "as sent" else cls.returns
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,8 +106,15 @@ class Rule:
         raise NotImplementedError(f"rule {self.name!r} defines no solve()")
 
     @property
+    def note(self) -> str:
+        """What the reader of a report must know beside its numbers, in a sentence; may be empty."""
+        return ""
+
+    @property
     def joint(self) -> bool:
-        """Whether the modules compete, so that every batch is read before one can be solved."""
+        """Whether a module's coefficients depend on the others, so that every batch is read before
+        one can be solved.
+        """
         return False
 
     def prepared(self, every: Iterable[Grams]) -> Rule:
@@ -114,6 +140,10 @@ class Rule:
         if carried is not None:
             raise TypeError(f"rule {self.name!r} has no memory, found carried={carried!r}")
         return ()
+
+    def recalled(self, carried: Any) -> Rule:
+        """The rule with what else it needs to know of ``carried``, the number of rounds say."""
+        return self
 
     def carry(self, result: Aggregation) -> Any:
         """What the next round's ``carried`` is: None for a rule without memory."""
@@ -150,15 +180,53 @@ class Rule:
         return cls(**given)
 
     def equal_rank(self, grams: Grams) -> None:
-        """Refuse clients of different ranks.
+        """Refuse clients of different ranks; what a rule with memory joins may have any.
 
         Raises:
             AdapterError: names who differs and where.
         """
-        for who, rank in zip(grams.labels, grams.ranks, strict=True):
+        for who, rank in zip(grams.labels, grams.batch.client_ranks, strict=False):
             if rank != grams.ranks[0]:
                 raise self.unequal_rank(
                     who, grams.modules[0], rank, grams.labels[0], grams.ranks[0]
+                )
+
+    def common_a(self, adapters: Sequence[Adapter]) -> None:
+        """Refuse clients whose A differs from the first client's (they trained or drew their own).
+
+        Raises:
+            AdapterError: names the client, the module and the client it differs from.
+        """
+        first: dict[str, Factors] = {}
+        for adapter in adapters:
+            for module, factors in adapter.factors.items():
+                owner = first.setdefault(module, factors)
+                if owner is not factors and not factors.same_a(owner):
+                    self._refuse_other_a(adapters)
+
+    def _refuse_other_a(self, adapters: Sequence[Adapter]) -> None:
+        """Say which A differs: a rank, anywhere, before an entry."""
+        from fedlora_kernels.adapters.peft_format import label
+
+        def who(index: int) -> str:
+            return label(index, adapters[index].name)
+
+        first: dict[str, int] = {}
+        shared = [
+            (index, owner, module)
+            for index, adapter in enumerate(adapters)
+            for module in adapter.factors
+            if (owner := first.setdefault(module, index)) != index
+        ]
+        for index, owner, module in shared:
+            rank, common = (adapters[k].factors[module].rank for k in (index, owner))
+            if rank != common:
+                raise self.unequal_rank(who(index), module, rank, who(owner), common)
+        for index, owner, module in shared:
+            if not adapters[index].factors[module].same_a(adapters[owner].factors[module]):
+                raise AdapterError(
+                    f"{who(index)}, module {module}: A differs from {who(owner)}'s; {self.name} "
+                    "expects one fixed A in all clients (only B is trained)"
                 )
 
     def unequal_rank(

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.rules._rule import Rule
 
 if TYPE_CHECKING:
     from fedlora_kernels.adapters.adapter import Adapter
-    from fedlora_kernels.adapters.factors import Factors
     from fedlora_kernels.gram_space.coefficients import Solution
     from fedlora_kernels.gram_space.grams import Grams
 
@@ -52,34 +50,4 @@ class FFA(Rule):
         Raises:
             AdapterError: names the client, the module and the client it differs from.
         """
-        first: dict[str, Factors] = {}
-        for adapter in adapters:
-            for module, factors in adapter.factors.items():
-                owner = first.setdefault(module, factors)
-                if owner is not factors and not factors.same_a(owner):
-                    self._refuse(adapters)
-
-    def _refuse(self, adapters: Sequence[Adapter]) -> None:
-        """Say which A differs: a rank, anywhere, before an entry."""
-        from fedlora_kernels.adapters.peft_format import label
-
-        def who(index: int) -> str:
-            return label(index, adapters[index].name)
-
-        first: dict[str, int] = {}
-        shared = [
-            (index, owner, module)
-            for index, adapter in enumerate(adapters)
-            for module in adapter.factors
-            if (owner := first.setdefault(module, index)) != index
-        ]
-        for index, owner, module in shared:
-            rank, common = (adapters[k].factors[module].rank for k in (index, owner))
-            if rank != common:
-                raise self.unequal_rank(who(index), module, rank, who(owner), common)
-        for index, owner, module in shared:
-            if not adapters[index].factors[module].same_a(adapters[owner].factors[module]):
-                raise AdapterError(
-                    f"{who(index)}, module {module}: A differs from {who(owner)}'s; {self.name} "
-                    "expects one fixed A in all clients (only B is trained)"
-                )
+        self.common_a(adapters)

@@ -74,7 +74,7 @@ class FLoRIST(Rule):
         else:
             ranks = self._at(self.energy, grams, found)
         return Solution(
-            leading(*self._split(found), ranks=ranks),
+            leading(*found.split(self.split), ranks=ranks),
             sweep={share: self._at(share, grams, found) for share in self.energies},
             spectrum=found,
         )
@@ -138,10 +138,3 @@ class FLoRIST(Rule):
 
         checks.resolvable(energy, grams.precision)
         return ops.select_rank(found.sigma, found.total_energy, energy, self._cap(grams))
-
-    def _split(self, found: Spectrum) -> tuple[Tensor, Tensor]:
-        if self.split == "b":
-            return found.left, found.right
-        moved = found.sigma if self.split == "a" else found.sigma.sqrt()
-        inverse = (1 / moved).where(moved > 0, 0)
-        return found.left * inverse[:, None, :], found.right * moved[:, :, None]

@@ -1,13 +1,16 @@
 """HetLoRA (arXiv 2401.06432): factors zero-padded to the largest rank and averaged.
 
-    A = sum_k v_k [A_k ; 0]    B = sum_k v_k [s_k B_k | 0]    v_k ~ w_k ||s_k B_k A_k||_F
+    A = sum_k v_k [A_k ; 0]    B = sum_k v_k [s_k B_k | 0]    v_k ~ ||dW_k||_F, dW_k of all modules
 
-Client k takes the first r_k rows and columns.
+As published, a client has one weight for its whole adapter, and its number of examples n_k does not
+count. Client k takes the first r_k rows and columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fedlora_kernels.rules._rule import Rule, option
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HetLoRA(Rule):
-    """The padded averages."""
+    """The padded averages. Where every update is zero, clients count equally (or by n_k, where
+    that is asked for). A client of weight 0 counts as absent.
+    """
 
     title = "HetLoRA"
     paper = "2401.06432"
@@ -31,38 +36,82 @@ class HetLoRA(Rule):
 
     norm_weighted: bool = option(
         True,
-        "weight a client by the norm of its update beside its own weight (the paper's "
-        "sparsity-weighted aggregation); False is plain zero-padding",
+        "weight a client by the norm of its update (the paper's sparsity-weighted aggregation); "
+        "False is plain zero-padding, with the clients' own weights",
     )
+    per_module: bool = option(
+        False, "take the norm of each module by itself, instead of one norm over all modules"
+    )
+    example_weighted: bool = option(
+        False, "multiply the norm by the client's own weight, which the paper does not"
+    )
+    norms: Mapping[int, float] | None = field(default=None, repr=False)
+    """client -> its weight times the norm, over all modules; set by :meth:`prepared`, no option"""
 
     def solve(self, grams: Grams) -> Solution:
         """The coefficients that pad and average."""
-        import torch
+        from fedlora_kernels.gram_space.coefficients import Solution, padded
 
-        from fedlora_kernels.gram_space.coefficients import Product, Solution
-
-        weights = grams.weights.expand_as(grams.scalings)
-        if self.norm_weighted:
-            weights = _by_norm(grams, weights)
-        widest = max(grams.ranks)
-        position = torch.cat([torch.arange(r, device=weights.device) for r in grams.ranks])
-        place = torch.nn.functional.one_hot(position, widest).double()  # [R,p]
-        # Clients without a module count as B = 0: only B's weights sum to less than 1.
-        total = weights.sum(-1, keepdim=True)
+        weights = self._weights(grams)
         per_rank_b = (weights * grams.scalings) @ grams.membership.T  # [L,R]
-        per_rank_a = (weights / total.where(total > 0, 1)) @ grams.membership.T
-        padded = Product(
-            x=per_rank_b[:, :, None] * place,
-            y=(per_rank_a[:, :, None] * place).mT.contiguous(),
-            ranks=grams.same_rank(widest),
+        # Clients without a module count as B = 0: only B's weights sum to less than 1. Where B is
+        # zero, A is still a mean of the clients', so that the module can be trained.
+        of_a = weights.where(weights.sum(-1, keepdim=True) > 0, grams.weights)
+        total = of_a.sum(-1, keepdim=True)
+        per_rank_a = (of_a / total.where(total > 0, 1)) @ grams.membership.T
+        return Solution(padded(grams, per_rank_b, per_rank_a))
+
+    @property
+    def joint(self) -> bool:
+        """One norm over all modules."""
+        return self.norm_weighted and not self.per_module
+
+    @property
+    def note(self) -> str:
+        """What became of the clients' own weights."""
+        if not self.norm_weighted or self.example_weighted:
+            return ""
+        return (
+            "the clients' weights (numbers of examples) were not used, except that a client of "
+            "weight 0 is left out: each client counts by the norm of its update"
         )
-        return Solution(padded)
+
+    def prepared(self, every: Iterable[Grams]) -> HetLoRA:
+        """The clients' weights, which sum to 1 over all clients of the round."""
+        squares: dict[int, float] = {}
+        own: dict[int, float] = {}
+        for grams in every:
+            added = _squared_norms(grams).sum(0).tolist()
+            shares = grams.batch.shares.tolist()
+            for k, square, share in zip(grams.batch.clients, added, shares, strict=True):
+                squares[k] = squares.get(k, 0.0) + square
+                own[k] = share if self.example_weighted else float(share > 0)
+        norms = {k: own[k] * math.sqrt(square) for k, square in squares.items()}
+        if not sum(norms.values()) > 0:
+            norms = own
+        total = sum(norms.values())
+        return replace(self, norms={k: norm / (total or 1.0) for k, norm in norms.items()})
+
+    def _weights(self, grams: Grams) -> Tensor:
+        """v_k of every module, [L,K]."""
+        if not self.norm_weighted:
+            return grams.weights.expand_as(grams.scalings)
+        if self.norms is None:
+            return self._by_module(grams)
+        weights = grams.weights.new_tensor([self.norms[k] for k in grams.batch.clients])
+        if grams.batch.renormalized and bool(weights.sum() > 0):
+            weights = weights / weights.sum()
+        return weights.expand_as(grams.scalings)
+
+    def _by_module(self, grams: Grams) -> Tensor:
+        """The same with the norms of each module, scaled to the sum of the clients' weights."""
+        own = grams.weights if self.example_weighted else (grams.weights > 0).double()
+        weighted = own * _squared_norms(grams).sqrt()
+        weighted = weighted.where(weighted.sum(-1, keepdim=True) > 0, own)
+        total = weighted.sum(-1, keepdim=True)
+        return weighted / total.where(total > 0, 1) * grams.weights.sum()
 
 
-def _by_norm(grams: Grams, weights: Tensor) -> Tensor:
-    """w_k ||dW_k|| scaled to the same sum; w_k where every update is zero (round 0)."""
-    norms = grams.client_products.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    weighted = weights * norms
-    total = weighted.sum(-1, keepdim=True)
-    share = weighted / total.where(total > 0, 1) * weights.sum(-1, keepdim=True)
-    return share.where(total > 0, weights)
+def _squared_norms(grams: Grams) -> Tensor:
+    """||s_k B_k A_k||^2, [L,K]."""
+    return grams.client_products.diagonal(dim1=-2, dim2=-1).clamp_min(0)

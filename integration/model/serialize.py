@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,3 +31,22 @@ def reread(adapter: flk.Adapter) -> flk.Adapter:
     """The adapter as it reads from a file: a config holds alpha, from which the scaling comes."""
     device = next(iter(adapter.state_dict().values())).device
     return deserialize(serialize(adapter), device)
+
+
+def serialize_memory(carried: Any) -> Any:
+    """What a rule carries to its next round: None, an adapter, a number, or a mapping of these."""
+    if isinstance(carried, flk.Adapter):
+        return {"adapter": serialize(carried)}
+    if isinstance(carried, Mapping):
+        return {"parts": {name: serialize_memory(part) for name, part in carried.items()}}
+    return carried
+
+
+def deserialize_memory(serialized: Any, device: torch.device) -> Any:
+    """What a rule carried, again."""
+    if not isinstance(serialized, Mapping):
+        return serialized
+    if "adapter" in serialized:
+        return deserialize(serialized["adapter"], device)
+    parts: Mapping[str, Any] = serialized["parts"]
+    return {name: deserialize_memory(part, device) for name, part in parts.items()}

@@ -42,14 +42,19 @@ def make_rule(settings: Settings, name: str) -> flk.Rule:
 
 def trained(rule: flk.Rule, settings: Settings, number: int) -> str:
     """The factors that the clients of a rule train in round `number`: "both", "a" or "b"."""
-    if rule.trains == "both" and settings.freeze == "alternate":
+    asked = settings.freeze if rule.trains == "both" else rule.trains
+    if asked == "alternate":
         return "b" if number % 2 else "a"
     return rule.trains
 
 
 def plain_average() -> flk.Rule:
     """The rule that averages both factors, each by itself: what the others are compared with."""
-    return next(kind() for kind in _kinds() if kind.separable and kind.sends == "both")
+    return next(
+        kind()
+        for kind in _kinds()
+        if kind.separable and kind.sends == "both" and kind.trains == "both"
+    )
 
 
 def _impossible(rule: flk.Rule, settings: Settings) -> str | None:

@@ -23,7 +23,14 @@ import torch
 
 import fedlora_kernels as flk
 from integration.model.model import Model
-from integration.model.serialize import Serialized, deserialize, reread, serialize
+from integration.model.serialize import (
+    Serialized,
+    deserialize,
+    deserialize_memory,
+    reread,
+    serialize,
+    serialize_memory,
+)
 from integration.model.total import total
 from integration.rounds.client import Client, Update
 from integration.rounds.evaluate import Score
@@ -40,7 +47,9 @@ Evaluate = Callable[..., Score]
 
 
 class Server:
-    """The state of one rule between rounds: what was sent, what was merged, who keeps which B."""
+    """The state of one rule between rounds: what was sent, what was merged, who keeps which B, and
+    what the rule itself carries to its next round.
+    """
 
     def __init__(
         self, rule: flk.Rule, model: Model, clients: Sequence[Client], settings: Settings
@@ -50,6 +59,7 @@ class Server:
         self.own: dict[int, flk.Adapter] = {}
         self.merged: list[flk.Adapter] = []
         self._sent: flk.Delivery | None = None
+        self._carried: Any = None
         self._model = model
         self._clients = clients
         self._settings = settings
@@ -89,7 +99,7 @@ class Server:
         adapters = [update.adapter for update in updates]
         begun = self._now()
         round_ = flk.Round(adapters, weights=weights)
-        result = round_.aggregate(self.rule)
+        result = round_.aggregate(self.rule, carried=self._carried)
         aggregated = self._now()
         average = None
         if not self._settings.heterogeneous and not adapters[0].vera:
@@ -131,6 +141,9 @@ class Server:
             **scores,
         )
         self._go_on(result.delivery, updates)
+        # As it reads from a state file, so that a run that goes on has the same bits.
+        memory = serialize_memory(result.carried)
+        self._carried = deserialize_memory(memory, self._model.device)
         return record
 
     def _now(self) -> float:
@@ -216,6 +229,7 @@ class Server:
             "sent": None if sent is None else {**serialize(sent.adapter), "heads": sent.heads},
             "own": {number: serialize(adapter) for number, adapter in self.own.items()},
             "merged": [serialize(adapter) for adapter in self.merged],
+            "carried": serialize_memory(self._carried),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -233,6 +247,7 @@ class Server:
         self.own = {number: here(serialized) for number, serialized in state["own"].items()}
         self.merged = [here(serialized) for serialized in state["merged"]]
         self._model.merge(*self.merged)
+        self._carried = deserialize_memory(state.get("carried"), self._model.device)
 
 
 def _spectra(round_: flk.Round) -> dict[str, list[float]]:

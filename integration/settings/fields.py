@@ -76,7 +76,7 @@ class Settings:
         default_factory=dict, metadata=about("Module -> its rank in every client")
     )
     freeze: str = setting(
-        "Which factor stays fixed on the clients: what the rule says, or A and B in turn (RoLoRA)",
+        "Which factor stays fixed on the clients: what the rule says, or A and B in turn",
         "rule",
         ("rule", "alternate"),
     )

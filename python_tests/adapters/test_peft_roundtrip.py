@@ -200,7 +200,9 @@ def assert_served(
     return result
 
 
-GLOBAL_RULES = [rule for rule in flk.rules.names() if rule not in ("fedsa", "ffa")]
+GLOBAL_RULES = [
+    rule for rule in flk.rules.names() if rule not in ("fedsa", "ffa", "rolora", "fedsvd")
+]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 

@@ -221,9 +221,10 @@ def comparisons() -> dict[str, Callable[[], Comparison]]:
         "flora_na": lambda: flora_na.compare(narrow),
         "flora_na bf16": lambda: flora_na.compare(bf16),
     }
-    for rule in ("fedit", "flora_na", "flora", "florist", "fedex", "flexlora", "hetlora"):
-        made[f"aggregate {rule}"] = lambda rule=rule: aggregate.compare(
-            Round.of(narrow), rule, aggregate.PEERS.get(rule, ()), "aggregate"
+    for rule, case in {rule: case for case, rule in aggregate.CASES}.items():
+        drawn = narrow if case.family == narrow.case.family else fixed_a
+        made[f"aggregate {rule}"] = lambda rule=rule, drawn=drawn: aggregate.compare(
+            Round.of(drawn), rule, aggregate.PEERS.get(rule, ()), "aggregate"
         )
     whole = Case("all-MiniLM-L6-v2", "query", equal(3, 4), modules=2, beside=("value",))
     for rule in flows.PEERS:

@@ -293,6 +293,16 @@ SAMPLES = {
     "tol": ("1e-9", 1e-9),
     "residual_rank": ("2", 2),
     "norm_weighted": (None, False),
+    "per_module": ("", True),
+    "example_weighted": ("", True),
+    "shared": ("", True),
+    "around": ("global", "global"),
+    "form": ("ridge", "ridge"),
+    "penalty": ("0.1", 0.1),
+    "error_rank": ("3", 3),
+    "kept_energy": ("0.75", 0.75),
+    "momentum": ("0.5", 0.5),
+    "softness": ("0.75", 0.75),
 }
 
 
@@ -307,7 +317,7 @@ SAMPLES = {
 def test_every_option_of_every_rule_is_a_flag(here, monkeypatch, rule, option):
     text, value = SAMPLES[option]
     flag = "--" + option.replace("_", "-")
-    given = [flag, text] if text is not None else ["--no-" + flag[2:]]
+    given = [flag, *filter(None, [text])] if text is not None else ["--no-" + flag[2:]]
     options = handed_over(monkeypatch, "--rule", rule, *given)
     assert options[option] == value
     assert type(options[option]) is type(value)

@@ -50,6 +50,16 @@ def test_the_table_of_rules_is_the_registrys() -> None:
     assert as_markdown() in README
 
 
+def test_the_page_of_the_rules_has_every_rule_in_each_table() -> None:
+    page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    _, *tables = re.split(r"^\| rule \|.*$", page, flags=re.MULTILINE)
+    assert len(tables) == 2
+    for table in tables:
+        assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == flk.rules.names()
+    for name in flk.rules.names():
+        assert flk.rules.find(name).link() in page
+
+
 def test_operators_and_backends_are_there() -> None:
     table = README[README.index("| `torch.ops.fedlora.*`") : README.index("`*_list` variants")]
     names = set(re.findall(r"`(\w+)`", table))

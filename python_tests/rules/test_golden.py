@@ -94,6 +94,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("florist", {"precision": "fast"}),
     ("flexlora", {"rank": 2}),
     ("hetlora", {"norm_weighted": False}),
+    ("hetlora", {"per_module": True, "example_weighted": True}),
     ("hetlora", {"uniform_rank": True, "absent": "renormalize"}),
     ("flora", {"absent": "renormalize", "heads": "local"}),
     ("fedit", {"absent": "renormalize", "heads": "local"}),

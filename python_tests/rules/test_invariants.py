@@ -9,6 +9,8 @@ import torch
 from assertions import EPS, assert_within
 from federation import (
     AVERAGING_RULES,
+    BY_HOLDERS,
+    FIXED_A,
     PRODUCT_RULES,
     WORKING_DTYPES,
     Drawn,
@@ -127,7 +129,10 @@ def test_gauge_changes_nothing(rule: str, data: st.DataObject) -> None:
 
 @settings(max_examples=EXAMPLES)
 @given(st.data())
-@pytest.mark.parametrize("rule", [*PRODUCT_RULES, "fedit", "fedsa", "hetlora", "flora_na"])
+@pytest.mark.parametrize(
+    "rule",
+    [*PRODUCT_RULES, "fedit", "fedsa", "hetlora", "flora_na", "raflora", "rbla", "lora_fair"],
+)
 def test_order_of_clients_changes_nothing(rule: str, data: st.DataObject) -> None:
     round_ = data.draw(rounds_for(rule))
     order = data.draw(st.permutations(range(len(round_.drawn))))
@@ -146,14 +151,15 @@ def test_order_of_clients_changes_nothing(rule: str, data: st.DataObject) -> Non
 
 @settings(max_examples=EXAMPLES)
 @given(st.data())
-@pytest.mark.parametrize("rule", [*PRODUCT_RULES, "fedit", "hetlora"])
+@pytest.mark.parametrize("rule", [*PRODUCT_RULES, "fedit", "hetlora", "rbla"])
 def test_splitting_a_client_in_two_halves_changes_nothing(rule: str, data: st.DataObject) -> None:
     round_ = data.draw(rounds_for(rule))
     k = data.draw(st.integers(0, len(round_.drawn) - 1))
     shares = list(round_.weights)
     shares[k] /= 2
     other = federation([*round_.drawn, round_.drawn[k]], [*shares, shares[k]])
-    options = PRODUCT_RULES.get(rule, {})
+    # Of the norms alone, without n_k, two halves of a client are two clients.
+    options = PRODUCT_RULES.get(rule, {"example_weighted": True} if rule == "hetlora" else {})
     assert_same_updates(round_.aggregate(rule, **options), other.aggregate(rule, **options), round_)
 
 
@@ -191,7 +197,9 @@ def test_only_ratios_of_weights_count(round_: Federation, factor: float) -> None
     assert_same_updates(product_of("florist", round_), product_of("florist", scaled), round_)
 
 
-@pytest.mark.parametrize("rule", [*PRODUCT_RULES, "flora_na", "fedit", "hetlora"])
+@pytest.mark.parametrize(
+    "rule", [*PRODUCT_RULES, "flora_na", "fedit", "hetlora", "raflora", "rbla", "lora_fair"]
+)
 @pytest.mark.parametrize(
     "case", [case for case in FAMILY_CASES if case[1] in WORKING_DTYPES], ids=case_id
 )
@@ -212,27 +220,29 @@ def test_families(rule: str, case: tuple[str, torch.dtype]) -> None:
 
 @pytest.mark.parametrize("rule", flk.rules.names())
 def test_clients_are_not_changed_and_results_repeat_bit_for_bit(rule: str) -> None:
-    round_ = draw(common_a=rule == "ffa")
+    round_ = draw(common_a=rule in FIXED_A)
     one, two = round_.aggregate(rule), round_.aggregate(rule)
     first, second = one.adapter.state_dict(), two.adapter.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert one.report == two.report
-    for client, drawn in zip(round_.adapters, draw(common_a=rule == "ffa").drawn, strict=True):
+    for client, drawn in zip(round_.adapters, draw(common_a=rule in FIXED_A).drawn, strict=True):
         for module, item in drawn.items():
             assert torch.equal(client.factors[module].b, item.b)
             assert torch.equal(client.factors[module].a, item.a)
 
 
-GLOBAL_RULES = [rule for rule in flk.rules.names() if rule != "fedsa"]
+GLOBAL_RULES = [rule for rule in flk.rules.names() if rule not in ("fedsa", *BY_HOLDERS)]
 
 
 @pytest.mark.parametrize("rule", GLOBAL_RULES)
 def test_module_of_one_client_alone_gets_its_share(rule: str) -> None:
     """An absent module is a zero update: what remains is w_k s_k B_k A_k, of rank r_k."""
     alone = "layers.0.down"
-    round_ = draw(absent={0: [alone], 2: [alone]}, common_a=rule == "ffa")
-    result = round_.aggregate(rule, **PRODUCT_RULES.get(rule, {}))
+    round_ = draw(absent={0: [alone], 2: [alone]}, common_a=rule in FIXED_A)
+    # With one norm over all modules, the share of one depends on the others.
+    by_examples = {"per_module": True, "example_weighted": True} if rule == "hetlora" else {}
+    result = round_.aggregate(rule, **PRODUCT_RULES.get(rule, by_examples))
     ideal = 0.2 * round_.drawn[1][alone].update()
     error = norm(whole_update(result, alone) - round_.ideal(alone))
     assert norm(ideal - round_.ideal(alone)) <= 1e-12 * norm(ideal)
@@ -269,8 +279,10 @@ def test_uniform_rank_pads_without_a_change(rule: str) -> None:
         ) <= 1e-12 * round_.magnitude(module)
 
 
-AVERAGING = ("fedit", "ffa", "fedsa", "flora")
-"""Rules that compute Gram matrices for their report only."""
+AVERAGING = ("fedit", "ffa", "fedsa", "flora", "hetlora", "rolora", "rbla", "fedrot")
+"""Rules whose coefficients of a batch need no Gram matrix: they are computed for the report, and
+before the first batch is solved where the modules depend on each other.
+"""
 
 MANY_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "florist": [{"energies": (0.5, 0.9)}, {"rank_budget": 7}],
@@ -290,7 +302,7 @@ def test_batches_of_one_module_give_the_same(
     """However many modules' Gram matrices fit at a time, also where the modules compete: those of
     one batch are held at a time, and computed anew for the report.
     """
-    round_ = draw(common_a=rule == "ffa")
+    round_ = draw(common_a=rule in FIXED_A)
     together = round_.aggregate(rule, **options)
     assert together.report
     alive: list[weakref.ref[torch.Tensor]] = []
@@ -310,7 +322,8 @@ def test_batches_of_one_module_give_the_same(
     alone = round_.aggregate(rule, **options)
     later = rule in AVERAGING or (rule, options) == ("fedex", {})
     passes = len(alive)
-    assert passes == 3 * 2 * (("rank_budget" in options) + (not later))
+    first = alone.rule.joint and rule != "rolora"  # which looks at the factors themselves
+    assert passes == 3 * 2 * (first + (not later))
     assert alone.report
     assert len(alive) == passes + 3 * 2 * later
     assert most == 2

@@ -7,6 +7,7 @@ import torch
 from assertions import EPS
 from federation import (
     AVERAGING_RULES,
+    FIXED_A,
     PRODUCT_RULES,
     Drawn,
     assert_ideal,
@@ -29,7 +30,7 @@ GLOBAL_RULES = [rule for rule in flk.rules.names() if rule != "fedsa"]
 @pytest.mark.parametrize("rule", GLOBAL_RULES)
 def test_flora_release_fedit_branch_drops_all_clients_but_the_first(rule: str, k: int) -> None:
     """Move B_k by E: exact rules move by w_k s_k E A_k, averages of B by w_k s_k E times mean A."""
-    round_ = draw(common_a=rule == "ffa")
+    round_ = draw(common_a=rule in FIXED_A)
     module = "layers.0.down"
     old = round_.drawn[k][module]
     step = torch.randn(old.b.shape, generator=torch.Generator().manual_seed(9))
@@ -38,7 +39,7 @@ def test_flora_release_fedit_branch_drops_all_clients_but_the_first(rule: str, k
     before, after = round_.aggregate(rule, **options), moved.aggregate(rule, **options)
     change = whole_update(after, module) - whole_update(before, module)
     exact = moved.ideal(module) - round_.ideal(module)
-    if rule in PRODUCT_RULES or rule == "ffa":
+    if rule in PRODUCT_RULES or rule in FIXED_A:
         bound = product_bound(round_, module, torch.float32, rule)
         bound += product_bound(moved, module, torch.float32, rule)
         assert norm(change - exact) <= bound

@@ -8,6 +8,7 @@ import pytest
 import torch
 from federation import (
     CASES,
+    FIXED_A,
     PRODUCT_RULES,
     assert_report,
     draw,
@@ -40,7 +41,7 @@ def test_means_over_the_modules() -> None:
 
 @pytest.mark.parametrize("rule", [rule for rule in flk.rules.names() if rule != "fedsa"])
 def test_rows_are_sorted_and_equal_the_dense_errors(rule: str) -> None:
-    round_ = draw(common_a=rule == "ffa")
+    round_ = draw(common_a=rule in FIXED_A)
     result = round_.aggregate(rule)
     assert list(result.report) == round_.modules
     assert_report(result, round_)

@@ -15,13 +15,22 @@ from typing import Any
 
 import pytest
 import torch
-from federation import PRODUCT_RULES, Federation, draw, norm, update, whole_update, write_client
+from federation import (
+    FIXED_A,
+    PRODUCT_RULES,
+    Federation,
+    draw,
+    norm,
+    update,
+    whole_update,
+    write_client,
+)
 from vera import vera_clients
 
 import fedlora_kernels as flk
 
 MODULE = "layers.0.q"
-EVERY = [rule for rule in flk.rules.names() if rule != "ffa"]
+EVERY = [rule for rule in flk.rules.names() if rule not in FIXED_A]
 
 
 @pytest.fixture
@@ -79,7 +88,7 @@ def test_a_rule_pays_for_what_it_uses(
     rule: str, expected: dict[str, int], calls: Counter[str]
 ) -> None:
     """And the report of one that averages makes its own Gram pass when it is asked for."""
-    drawn = draw(sizes={MODULE: (9, 7)}, ranks=(2, 2, 2), common_a=rule == "ffa")
+    drawn = draw(sizes={MODULE: (9, 7)}, ranks=(2, 2, 2), common_a=rule in FIXED_A)
     result = drawn.aggregate(rule)
     assert calls == expected
     assert result.bytes_up
@@ -121,7 +130,7 @@ def test_a_tensor_that_changed_after_the_round_was_made_is_refused(rule: str) ->
     words = rf"client 1 \(site-1\), module {module}: a tensor was changed in place"
     with pytest.raises(flk.AdapterError, match=words):
         round_.aggregate(rule)
-    if rule in ("fedit", "ffa", "fedsa", "flora", "fedex"):
+    if rule in ("fedit", "ffa", "fedsa", "flora", "fedex", "rolora", "rbla", "fedrot"):
         with pytest.raises(flk.AdapterError, match=words):
             _ = result.report
     else:
@@ -152,7 +161,7 @@ def test_a_round_is_checked_when_it_is_made() -> None:
 @pytest.mark.parametrize("heads", ["average", "local"])
 @pytest.mark.parametrize("rule", flk.rules.names())
 def test_bytes_from_shapes_are_those_of_what_travels(rule: str, heads: str) -> None:
-    drawn = draw(common_a=rule == "ffa")
+    drawn = draw(common_a=rule in FIXED_A)
     for adapter in drawn.adapters:
         adapter.extras["base_model.model.head.weight"] = torch.ones(3, 5)
     result = drawn.aggregate(rule, heads=heads)
@@ -160,14 +169,14 @@ def test_bytes_from_shapes_are_those_of_what_travels(rule: str, heads: str) -> N
     rest = 0 if result.residual is None else result.residual.bytes
     for k, client in enumerate(drawn.adapters):
         sent = sum(x.nbytes for x in delivery.sent(client).values())
-        received = sum(x.nbytes for x in delivery.sent(result.client_adapter(k)).values())
+        received = sum(x.nbytes for x in delivery.returned(result.client_adapter(k)).values())
         assert (result.bytes_up[k], result.bytes_down[k]) == (sent, rest + received)
 
 
 @pytest.mark.parametrize("rule", flk.rules.names())
 def test_the_widest_rank_is_that_of_the_result(rule: str) -> None:
     made = flk.rules.make(rule)
-    drawn = draw(ranks=(2, 2, 2), sizes={MODULE: (9, 7)}, common_a=rule == "ffa")
+    drawn = draw(ranks=(2, 2, 2), sizes={MODULE: (9, 7)}, common_a=rule in FIXED_A)
     result = drawn.aggregate(rule)
     rank = result.report[MODULE].rank
     widest = made.widest((2, 2, 2), (9, 7))

@@ -24,8 +24,25 @@ SIZES = {"layers.0.attn.q": (24, 17), "layers.0.down": (13, 40), "layers.1.attn.
 BASE = "a-base-model"
 WORKING_DTYPES = (torch.float32, torch.bfloat16)
 
-AVERAGING_RULES = ("fedit", "ffa", "fedsa", "flora_na", "fedex")
+AVERAGING_RULES = (
+    "fedit",
+    "ffa",
+    "fedsa",
+    "flora_na",
+    "fedex",
+    "lora_fair",
+    "rolora",
+    "fedmomentum",
+)
 """The rules that need equal ranks."""
+
+FIXED_A = ("ffa", "rolora", "fedsvd")
+"""The rules whose clients here hold one A."""
+
+BY_HOLDERS = ("raflora", "rbla")
+"""The rules that weigh a rank among the clients that have it, so that an absent client's weight
+goes to the others.
+"""
 
 PRODUCT_RULES: dict[str, dict[str, Any]] = {
     "flora": {},

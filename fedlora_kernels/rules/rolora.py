@@ -1,0 +1,94 @@
+"""RoLoRA (arXiv 2409.02346): the clients train B and A in turn, and what they trained is averaged.
+
+    odd rounds   A = A_1 = ... = A_K    B = sum_k w_k B_k
+    even rounds  B = B_1 = ... = B_K    A = sum_k w_k A_k
+
+With one factor common to all clients the mean of the other is exact. Which one is common is seen
+from the factors; nothing has to count the rounds here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.rules._rule import Rule
+
+if TYPE_CHECKING:
+    from fedlora_kernels.adapters.factors import Factors
+    from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.grams import Grams
+
+
+@dataclass(frozen=True)
+class RoLoRA(Rule):
+    """The mean of the factor that was trained beside the common one, bit for bit."""
+
+    title = "RoLoRA"
+    paper = "2409.02346"
+    travels = "B and A in turn"
+    exact = "exact"
+    is_exact = True
+    trains = "alternate"
+    separable = True
+
+    fixed: str | None = field(default=None, repr=False)
+    """the common factor, "a" or "b"; set by :meth:`prepared`, no option"""
+
+    def solve(self, grams: Grams) -> Solution:
+        """The weighted mean of one factor, and the first client's other one.
+
+        Raises:
+            AdapterError: clients' ranks differ; names the client and the module.
+        """
+        from fedlora_kernels.gram_space.coefficients import Mixture, Solution, common_scaling
+
+        self.equal_rank(grams)
+        scaling, folded = common_scaling(grams)
+        first = folded.new_zeros(folded.shape)
+        first[:, 0] = 1
+        mean = grams.weights * folded
+        q, p = (mean, first) if self.fixed == "a" else (first, mean)
+        return Solution(Mixture(q, p, scaling, grams.ranks[0]))
+
+    @property
+    def joint(self) -> bool:
+        """The common factor is the same one in all modules."""
+        return True
+
+    def prepared(self, every: Iterable[Grams]) -> RoLoRA:
+        """The rule that knows which factor is common; A where both are.
+
+        Raises:
+            AdapterError: clients' ranks differ, or neither factor is common; names the client and
+                the module.
+        """
+        odd: dict[str, AdapterError] = {}
+        for grams in every:
+            self.equal_rank(grams)
+            for side, other in (("a", "b"), ("b", "a")):
+                index = None if side in odd else self._odd_one(grams, side)
+                if index is not None:
+                    odd[side] = AdapterError(
+                        f"{grams.batch.where(index)}: {side.upper()} differs from "
+                        f"{grams.labels[0]}'s, and {other.upper()} is not common to all either; "
+                        f"{self.name} expects clients that trained one factor and share the other"
+                    )
+        if len(odd) == 2:
+            raise odd["a"]
+        return replace(self, fixed="b" if "a" in odd else "a")
+
+    def _odd_one(self, grams: Grams, side: str) -> int | None:
+        """The first of the batch's pairs whose factor differs from its module's first client's."""
+        pairs = grams.batch.pairs
+        count = len(grams.ranks)
+        for index, pair in enumerate(pairs):
+            if not _same(pair, pairs[index - index % count], side):
+                return index
+        return None
+
+
+def _same(one: Factors, other: Factors, side: str) -> bool:
+    return one.same_a(other) if side == "a" else one.same_b(other)
