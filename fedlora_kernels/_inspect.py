@@ -8,7 +8,6 @@ The ideal aggregate is dW = sum_k w_k s_k B_k A_k. Nothing of the size of a weig
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,7 +166,7 @@ def inspection(
     return Inspection(
         clients=tuple(map(_facts, adapters, shares.tolist(), norms.tolist())),
         energies=tuple(energies),
-        modules={name: modules[name] for name in sorted(modules, key=_natural)},
+        modules={name: modules[name] for name in sorted(modules, key=agreement.natural)},
         similarity=_cosines(products, norms),
         notes=tuple(_notes(adapters)),
     )
@@ -199,13 +198,6 @@ def _kind(module: str) -> str:
 def _last(kind: str) -> str:
     last = kind.rpartition(".")[2]
     return kind if last.isdigit() else last
-
-
-def _natural(module: str) -> list[tuple[int, int, str]]:
-    """Sort key with layer 10 after layer 9."""
-    return [
-        (1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"\.", module)
-    ]
 
 
 def _spectra(grams: Grams, energies: Sequence[float]) -> dict[str, ModuleSpectrum]:
@@ -262,15 +254,15 @@ def _facts(adapter: Adapter, weight: float, norm: float) -> ClientFacts:
 
 def _notes(adapters: Sequence[Adapter]) -> Iterable[str]:
     """Each remark once, with the clients that it is about."""
-    every = {module for adapter in adapters for module in adapter.factors}
+    lacking = agreement.absent(adapters)
     about: dict[str, list[str]] = {}
     for index, adapter in enumerate(adapters):
-        for remark in _remarks(adapter, adapters[0], every):
+        for remark in _remarks(adapter, adapters[0], lacking.get(index, [])):
             about.setdefault(remark, []).append(peft_format.label(index, adapter.name))
     return (f"{peft_format.listed(who)}: {remark}" for remark, who in about.items())
 
 
-def _remarks(adapter: Adapter, first: Adapter, every: set[str]) -> Iterable[str]:
+def _remarks(adapter: Adapter, first: Adapter, absent: Sequence[str]) -> Iterable[str]:
     problem = peft_format.disagreement(first.config, adapter.config)
     if problem is not None:
         yield f"{problem} as in {peft_format.label(0, first.name)}; no rule aggregates these"
@@ -278,6 +270,5 @@ def _remarks(adapter: Adapter, first: Adapter, every: set[str]) -> Iterable[str]
         yield "VeRA without its saved projections: vectors only, no spectrum"
     elif adapter.vera:
         yield "VeRA: every module is taken to be as wide as the saved projection"
-    absent = sorted(every - adapter.factors.keys(), key=_natural)
-    if absent and adapter.factors:
+    if absent:
         yield f"{len(absent)} modules are absent: {peft_format.listed(absent)}"

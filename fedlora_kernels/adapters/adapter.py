@@ -14,23 +14,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedlora_kernels.adapters import folder, peft_format
+from fedlora_kernels.adapters import folder, foreign, keys, live, mlx, peft_format
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors, fitted, of_vera
 from fedlora_kernels.adapters.finite import finite
-from fedlora_kernels.adapters.peft_format import PREFIX, Config
+from fedlora_kernels.adapters.keys import PREFIX
+from fedlora_kernels.adapters.peft_format import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    Config,
+)
 from fedlora_kernels.ops import checks
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 # What this library writes into an adapter folder; the last three come from aggregate.
-WRITTEN = frozenset(
-    {CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "report.json", "residual", "clients"}
-)
+WRITTEN = frozenset({CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, "report.json", "residual", "clients"})
 
 
 class Adapter:
@@ -69,32 +72,28 @@ class Adapter:
         return of_vera(self.vera, self.extras)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Adapter":
-        """Read a PEFT adapter folder.
+    def load(cls, path: str | Path, *, pickled: bool = False) -> "Adapter":
+        """Read a PEFT adapter folder, or a folder of mlx-lm, whose conversion is exact.
+
+        Args:
+            path: the folder.
+            pickled: whether an adapter_model.bin may be read where there are no safetensors, by
+                ``torch.load(weights_only=True)``, which runs no code of the file.
 
         Raises:
-            AdapterError: a file is missing, truncated or not JSON; a factor is missing, holds NaN
-                or Inf, or contradicts the config; PEFT features that no rule can represent. The
-                message starts with the folder as given.
+            AdapterError: a file is missing, truncated or not JSON, or belongs to another program; a
+                factor is missing, holds NaN or Inf, or contradicts the config; PEFT features that
+                no rule can represent. The message starts with the folder as given.
         """
-        where = Path(path)
-        try:
-            config = json.loads((where / CONFIG_FILE).read_text(encoding="utf-8"))
-            tensors = load_file(where / WEIGHTS_FILE)
-        except (FileNotFoundError, NotADirectoryError):
-            missing = CONFIG_FILE if not (where / CONFIG_FILE).is_file() else WEIGHTS_FILE
-            what = "is no folder" if not where.is_dir() else f"has no {missing}"
-            hint = ""
-            if (where / "adapter_model.bin").is_file():
-                hint = " (found adapter_model.bin: save it again with safe_serialization=True)"
-            raise AdapterError(f"{path} {what}{hint}; expected a PEFT adapter folder") from None
-        except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
-            raise AdapterError(f"{path}: {CONFIG_FILE} is not valid JSON: {error}") from None
-        except (SafetensorError, OSError) as error:
-            raise AdapterError(f"{path}: {WEIGHTS_FILE} cannot be read: {error}") from None
-        if not isinstance(config, dict):
-            raise AdapterError(f"{path}: {CONFIG_FILE} holds no JSON object")
-        return cls._parse(tensors, config, name=str(path), source=where.resolve())
+        where, who = Path(path), str(path)
+        config = _config(where, who)
+        if mlx.is_config(config):
+            tensors, config = mlx.converted(who, _tensors(where, who, mlx.WEIGHTS_FILE), config)
+        elif pickled and not (where / WEIGHTS_FILE).is_file() and (where / PICKLE_FILE).is_file():
+            tensors = _unpickled(where, who)
+        else:
+            tensors = _tensors(where, who, WEIGHTS_FILE)
+        return cls._parse(tensors, config, name=who, source=where.resolve())
 
     @classmethod
     def from_state_dict(
@@ -110,37 +109,59 @@ class Adapter:
 
     @classmethod
     def from_model(
-        cls, model: Any, adapter_name: str = "default", *, name: str | None = None
+        cls, model: Any, adapter_name: str | None = None, *, name: str | None = None
     ) -> "Adapter":
-        """A copy of a live ``peft.PeftModel``'s adapter."""
-        from peft import get_peft_model_state_dict
+        """A copy of an adapter in a live model: the scalings are those that its layers apply.
 
-        state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-        copied = {key: tensor.detach().clone() for key, tensor in state.items()}
-        return cls.from_state_dict(copied, model.peft_config[adapter_name], name=name)
-
-    def to_model(self, model: Any, adapter_name: str = "default") -> None:
-        """Copy the factors into a live ``peft.PeftModel`` of the same ranks and scalings.
+        Args:
+            model: a ``peft.PeftModel`` or a model with injected adapters; also inside
+                torch.compile, DistributedDataParallel or FSDP, where all processes must call this.
+            adapter_name: PEFT's name of the adapter; None takes "default", or the only one.
+            name: how messages call the client.
 
         Raises:
-            AdapterError: the model's adapter has other modules, ranks or scalings.
+            AdapterError: there is no such adapter; it is merged, disabled or not in memory; or as
+                in :meth:`load`. The message names the client and the module.
         """
-        from peft import set_peft_model_state_dict
+        who = name or "adapter"
+        with live.opened(model, adapter_name, who) as found:
+            return cls.from_state_dict(found.copied(), found.config, name=name)
 
-        there = Adapter.from_model(model, adapter_name)
-        for module in sorted(self.factors.keys() ^ there.factors.keys()):
-            owner = "this adapter" if module in self.factors else "the model"
-            raise AdapterError(f"module {module}: only {owner} has factors for it")
-        for module, mine in self.factors.items():
-            theirs = there.factors[module]
-            found = (list(mine.b.shape), list(mine.a.shape), mine.scaling)
-            expected = (list(theirs.b.shape), list(theirs.a.shape), theirs.scaling)
-            if found != expected:
-                raise AdapterError(
-                    f"module {module}: B, A and scaling are {found}, the model expects {expected} "
-                    "(fit() writes an update in another adapter's ranks)"
-                )
-        set_peft_model_state_dict(model, self.state_dict(), adapter_name=adapter_name)
+    def to_model(self, model: Any, adapter_name: str | None = None) -> None:
+        """Copy the adapter into a live model whose adapter has the same ranks and scalings.
+
+        Args:
+            model: as for :meth:`from_model`.
+            adapter_name: as for :meth:`from_model`.
+
+        Raises:
+            AdapterError: the model's adapter has other modules, ranks, scalings or tensors; or as
+                in :meth:`from_model`. The model is unchanged then.
+        """
+        who = self.name or "adapter"
+        with live.opened(model, adapter_name, who, writing=True) as found:
+            there = Adapter.from_state_dict(found.copied(), found.config)
+            for module in sorted(self.factors.keys() ^ there.factors.keys()):
+                owner = "this adapter" if module in self.factors else "the model"
+                raise AdapterError(f"{who}, module {module}: only {owner} has factors for it")
+            for module, mine in self.factors.items():
+                theirs = there.factors[module]
+                here = (list(mine.b.shape), list(mine.a.shape), mine.scaling)
+                expected = (list(theirs.b.shape), list(theirs.a.shape), theirs.scaling)
+                if here != expected:
+                    raise AdapterError(
+                        f"{who}, module {module}: B, A and scaling are {here}, the model expects "
+                        f"{expected} (fit() writes an update in another adapter's ranks)"
+                    )
+            tensors, theirs_all = self.state_dict(), there.state_dict()
+            for key, tensor in tensors.items():
+                target = theirs_all.get(key)
+                if target is None or target.shape != tensor.shape:
+                    what = "no such tensor" if target is None else f"shape {list(target.shape)}"
+                    raise AdapterError(
+                        f"{who}, tensor {key}: shape {list(tensor.shape)}, the model has {what}"
+                    )
+            found.write(tensors)
 
     @classmethod
     def _parse(
@@ -155,30 +176,52 @@ class Adapter:
         reason = peft_format.refusal(config) or peft_format.malformed(config)
         if reason is not None:
             raise AdapterError(f"{who}: {reason}")
+        config = {**config, **_patterns(config)}
         pairs: dict[str, dict[str, Tensor]] = {}
         vectors: dict[str, dict[str, Tensor]] = {}
         embeddings: set[str] = set()
+        alphas: dict[str, tuple[str, Tensor]] = {}
         extras: dict[str, Tensor] = {}
-        for key, tensor in tensors.items():
-            _refuse_tensor(who, key, tensor)
-            if found := peft_format.LORA_KEY.match(key):
-                sides = pairs.setdefault(found["module"], {})
-            elif found := peft_format.EMBEDDING_KEY.match(key):
-                sides = pairs.setdefault(found["module"], {})
-                embeddings.add(found["module"])
-            elif found := peft_format.VERA_KEY.match(key):
-                sides = vectors.setdefault(found["module"], {})
-            else:
+        for path, tensor in tensors.items():
+            _refuse_tensor(who, path, tensor)
+            try:
+                key = keys.plain(path)
+            except ValueError as error:
+                raise AdapterError(f"{who}, tensor {path}: {error}") from None
+            factor = keys.factor(key)
+            if tensor.numel() == 0 and (factor is None or factor.kind == "vera"):
+                raise AdapterError(
+                    f"{who}, tensor {key}: shape {list(tensor.shape)} holds nothing, expected a "
+                    "whole tensor; gather the shards (ZeRO-3, FSDP) before saving"
+                )
+            if factor is None:
+                if module := keys.alpha_of(key):
+                    alphas[module] = key, tensor
+                elif keys.stray(key):
+                    known = foreign.of_keys([key])
+                    raise AdapterError(
+                        f"{who}, tensor {path}: found a factor under a name that PEFT does not "
+                        f"load{f': {known}' if known else ''}"
+                    )
+                if key in extras:
+                    raise AdapterError(f"{who}, tensor {path}: {key} is there twice")
                 extras[key] = tensor
                 continue
-            if found["side"] in sides:  # with PEFT's prefix and without, or embedding and linear
-                raise AdapterError(f"{who}, module {found['module']}: {key} is there twice")
-            sides[found["side"]] = tensor
+            sides = (vectors if factor.kind == "vera" else pairs).setdefault(factor.module, {})
+            if factor.kind == "embedding":
+                embeddings.add(factor.module)
+            if factor.side in sides:  # under two prefixes, or as an embedding and as a linear layer
+                raise AdapterError(f"{who}, module {factor.module}: {path} is there twice")
+            sides[factor.side] = tensor
         if not pairs and not vectors:
             raise AdapterError(
-                f"{who}: {WEIGHTS_FILE} holds no LoRA factors and no VeRA vectors under PEFT's "
-                f"names, found {peft_format.listed(sorted(tensors)) or 'no tensor'}"
+                f"{who}: holds no LoRA factors and no VeRA vectors under PEFT's names, found "
+                f"{peft_format.listed(sorted(tensors)) or 'no tensor'}"
             )
+        for module, (key, alpha) in alphas.items():
+            if module in pairs:
+                _refuse_other_alpha(who, module, alpha, config)
+                del extras[key]
         _refuse_non_finite(who, tensors)
         factors = {
             module: _factors(who, module, sides, config, module in embeddings)
@@ -283,6 +326,72 @@ class Adapter:
     def __repr__(self) -> str:
         ranks = sorted({factors.rank for factors in self.factors.values()})
         return f"Adapter({self.name or 'unnamed'}: {len(self.factors)} modules, ranks {ranks})"
+
+
+def _config(where: Path, who: str) -> Config:
+    """adapter_config.json of a folder."""
+    file = where / CONFIG_FILE
+    if not file.is_file():
+        raise AdapterError(f"{who} {foreign.folder(where)}")
+    if foreign.pointer(file):
+        raise AdapterError(f"{who}: {CONFIG_FILE} {foreign.unreadable(file)}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:  # a number too long, nesting too deep
+        raise AdapterError(f"{who}: {CONFIG_FILE} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{who}: {CONFIG_FILE} holds no JSON object")
+    return config
+
+
+def _tensors(where: Path, who: str, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    file = where / name
+    if not file.is_file():
+        raise AdapterError(f"{who} {foreign.folder(where)}")
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        why = foreign.unreadable(file) or f"cannot be read: {error}"
+        raise AdapterError(f"{who}: {name} {why}") from None
+    return tensors
+
+
+def _unpickled(where: Path, who: str) -> dict[str, Tensor]:
+    """The tensors of adapter_model.bin; no code of the file runs."""
+    file = where / PICKLE_FILE
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a foreign file makes the reader raise
+        why = "holds more than tensors, or is damaged; save the adapter again as safetensors"
+        if foreign.pointer(file):
+            why = str(foreign.unreadable(file))
+        raise AdapterError(f"{who}: {PICKLE_FILE} {why}") from error
+    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
+        raise AdapterError(f"{who}: {PICKLE_FILE} holds no mapping of names to tensors")
+    return {str(key): tensor for key, tensor in found.items()}
+
+
+def _patterns(config: Config) -> Config:
+    """rank_pattern and alpha_pattern without what wrappers added to their keys."""
+    fields = ("rank_pattern", "alpha_pattern")
+    return {
+        field: {keys.pattern(key): value for key, value in config[field].items()}
+        for field in fields
+        if config.get(field)
+    }
+
+
+def _refuse_other_alpha(who: str, module: str, alpha: Tensor, config: Config) -> None:
+    """kohya keeps each module's alpha in the file; PEFT keeps it in the config."""
+    rank = peft_format.configured_rank(config, module)
+    expected = peft_format.scaling(config, module, rank) * rank
+    if alpha.numel() != 1 or abs(float(alpha) - expected) > 1e-6 * abs(expected):
+        found = float(alpha) if alpha.numel() == 1 else list(alpha.shape)
+        raise AdapterError(
+            f"{who}, module {module}: the file has the alpha {found}, {CONFIG_FILE} says "
+            f"{expected:g}; write lora_alpha or alpha_pattern to agree with the file"
+        )
 
 
 def _refuse_tensor(who: str, key: str, tensor: Tensor) -> None:

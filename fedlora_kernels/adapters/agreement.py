@@ -1,12 +1,13 @@
 """The clients of one round: what must hold between them before anything is computed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import KeysView, Mapping, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters import extras, peft_format
+from fedlora_kernels.adapters import extras, keys, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.peft_format import label
@@ -17,8 +18,8 @@ def check(adapters: Sequence[Adapter]) -> None:
 
     Raises:
         AdapterError: one folder named twice, configs that disagree (base model, task,
-            modules_to_save, VeRA's projection key, ...), or extra tensors that only some clients
-            have. The message names the client.
+            modules_to_save, VeRA's projection key, ...), module names that do not belong to one
+            base model, or extra tensors that only some clients have. The message names the client.
     """
     seen: dict[object, int] = {}
     named = next((a for a in adapters if a.config.get("base_model_name_or_path")), adapters[0])
@@ -36,6 +37,95 @@ def check(adapters: Sequence[Adapter]) -> None:
                 raise AdapterError(f"{who}: {problem} as in {label(number, other.name)}")
         if adapter.extras or adapters[0].extras:
             extras.check(adapters[0], adapter, label(index, adapter.name))
+    names(adapters)
+
+
+def names(adapters: Sequence[Adapter]) -> None:
+    """Refuse clients whose module names do not belong to one base model.
+
+    Clients may train different modules. Two names that no client has together, of one shape, that
+    differ only by leading or inserted segments, are one layer under two names; and every client
+    shares a module with another, directly or through further clients.
+
+    Raises:
+        AdapterError: names the clients and the two modules.
+    """
+    modules = [_modules(adapter) for adapter in adapters]
+    if all(found == modules[0] for found in modules):
+        return
+    owners: dict[str, set[int]] = {}
+    for index, found in enumerate(modules):
+        for module in found:
+            owners.setdefault(module, set()).add(index)
+    _refuse_two_names(adapters, owners)
+    _refuse_strangers(adapters, modules)
+
+
+def absent(adapters: Sequence[Adapter]) -> dict[int, list[str]]:
+    """Client -> the modules that it lacks and another client has; nothing for the others."""
+    modules = [_modules(adapter) for adapter in adapters]
+    if all(found == modules[0] for found in modules):
+        return {}
+    every = sorted(set().union(*modules), key=natural)
+    lacking = [[module for module in every if module not in found] for found in modules]
+    return {index: missing for index, missing in enumerate(lacking) if missing}
+
+
+def natural(module: str) -> list[tuple[int, int, str]]:
+    """Sort key of modules that puts layer 10 after layer 9."""
+    return [(1, int(p), "") if p.isdecimal() else (0, 0, p) for p in module.split(".")]
+
+
+def _modules(adapter: Adapter) -> KeysView[str]:
+    return adapter.vera.keys() if adapter.vera else adapter.factors.keys()
+
+
+def _shape(adapter: Adapter, module: str) -> tuple[int, ...]:
+    """(m, n), of VeRA (m,)."""
+    if adapter.vera:
+        return (adapter.vera[module][0].shape[0],)
+    return adapter.factors[module].layout[:2]
+
+
+def _refuse_two_names(adapters: Sequence[Adapter], owners: Mapping[str, set[int]]) -> None:
+    """Only names that some client lacks, end alike and have one shape are compared."""
+    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for module, having in owners.items():
+        if len(having) < len(adapters):
+            shape = _shape(adapters[min(having)], module)
+            groups.setdefault((module.rpartition(".")[2], shape), []).append(module)
+    for (_, shape), group in groups.items():
+        for one, other in combinations(group, 2):
+            if owners[one].isdisjoint(owners[other]) and keys.alike(one, other):
+                fewer = len(owners[other]) <= len(owners[one])
+                odd, usual = (other, one) if fewer else (one, other)
+                k, j = min(owners[odd]), min(owners[usual])
+                raise AdapterError(
+                    f"{label(k, adapters[k].name)}, module {odd}: found beside {usual} of the same "
+                    f"shape {list(shape)} in {label(j, adapters[j].name)}\nexpected one name for "
+                    "one layer; rename it, or train all clients on the same model class"
+                )
+
+
+def _refuse_strangers(adapters: Sequence[Adapter], modules: Sequence[KeysView[str]]) -> None:
+    groups: list[tuple[set[int], set[str]]] = []
+    for index, found in enumerate(modules):
+        mine, names = {index}, set(found)
+        for group in [group for group in groups if not group[1].isdisjoint(found)]:
+            groups.remove(group)
+            mine |= group[0]
+            names |= group[1]
+        groups.append((mine, names))
+    if len(groups) == 1:
+        return
+    members, names = min(groups, key=lambda group: (len(group[0]), -min(group[0])))
+    k = min(members)
+    j = next(index for index in range(len(adapters)) if index not in members)
+    raise AdapterError(
+        f"{label(k, adapters[k].name)} shares no module with {label(j, adapters[j].name)}: found "
+        f"{min(modules[k])}, expected names such as {min(modules[j])}\ntrain all clients on the "
+        "same model class, with at least one target module in common"
+    )
 
 
 def normalized(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> Tensor:

@@ -14,12 +14,9 @@ from typing import Any
 
 Config = dict[str, Any]
 
-PREFIX = "base_model.model."
-LORA_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
-EMBEDDING_KEY = re.compile(
-    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_embedding_(?P<side>[AB])$"
-)
-VERA_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.vera_lambda_(?P<side>[bd])$")
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
 
 # Config fields that turn B A into something that a pair of factors cannot carry.
 _UNREPRESENTABLE = {

@@ -77,6 +77,11 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
     help="Tensors beside the factors: averaged, or left with their clients; local by default where "
     "clients keep models of their own, else average.",
 )
+@click.option(
+    "--pickled",
+    is_flag=True,
+    help="Read adapter_model.bin where a client has no safetensors; no code of the file runs.",
+)
 @click.option("--modules", is_flag=True, help="List every module, however many there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
 @click.pass_context
@@ -92,13 +97,14 @@ def aggregate(
     uniform_rank: bool,
     dtype: str | None,
     heads: str | None,
+    pickled: bool,
     modules: bool,
     as_json: bool,
 ) -> None:
     """Combine the clients' adapters into one.
 
-    Every CLIENT is a PEFT adapter folder (adapter_config.json and adapter_model.safetensors); so is
-    the result, with report.json beside it.
+    Every CLIENT is a PEFT adapter folder (adapter_config.json and adapter_model.safetensors) or a
+    folder of mlx-lm; the result is a PEFT adapter folder, with report.json beside it.
     """
     require_torch()
     options = given(context, rule)
@@ -106,7 +112,7 @@ def aggregate(
     place = None if device is None else _device(device)
 
     start = time.perf_counter()
-    adapters = screen.load(clients)
+    adapters = screen.load(clients, pickled=pickled)
     with screen.working(f"Aggregating with {rule}"), bad_input():
         result = _call(
             adapters,
@@ -184,11 +190,14 @@ def _save(result: "Aggregation", out: str) -> None:
 
 
 def _described(result: "Aggregation", out: str, seconds: float) -> dict[str, Any]:
-    report = result.report
+    from fedlora_kernels.adapters.agreement import absent
+
+    report, lacking = result.report, absent(result.clients)
     return {
         "rule": result.rule.name,
         "clients": [adapter.name for adapter in result.clients],
         **({"note": report.note} if report.note else {}),
+        **({"absent": lacking} if lacking else {}),
         "modules": report.as_dict(),
         "mean": {
             "rank": report.mean_rank,
@@ -205,6 +214,9 @@ def _described(result: "Aggregation", out: str, seconds: float) -> dict[str, Any
 
 
 def _show(result: "Aggregation", out: str, seconds: float, every_module: bool) -> None:
+    from fedlora_kernels.adapters.agreement import absent
+    from fedlora_kernels.adapters.peft_format import label, listed
+
     console, report = screen.out(), result.report
     if report:
         summed_up = len(report) > _ROWS and not every_module
@@ -226,6 +238,11 @@ def _show(result: "Aggregation", out: str, seconds: float, every_module: bool) -
     console.print(Text("; ".join(parts)), soft_wrap=True)
     if report.note:
         console.print(Text(f"note: {report.note}"), soft_wrap=True)
+    for index, missing in absent(result.clients).items():
+        who = label(index, result.clients[index].name)
+        console.print(
+            Text(f"note: {who} lacks {len(missing)} modules: {listed(missing)}"), soft_wrap=True
+        )
 
 
 def _by_module(report: "Report") -> Table:

@@ -38,6 +38,11 @@ _TOP = 3
     metavar=NUMBERS,
     help="Shares of the energy to find ranks for.  [default: 0.8,0.9,0.95,0.99]",
 )
+@click.option(
+    "--pickled",
+    is_flag=True,
+    help="Read adapter_model.bin where there are no safetensors; no code of the file runs.",
+)
 @click.option("--modules", is_flag=True, help="List every module instead of projections.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def inspect(
@@ -45,6 +50,7 @@ def inspect(
     plot: str | None,
     weights: Sequence[float] | None,
     energy: Sequence[float] | None,
+    pickled: bool,
     modules: bool,
     as_json: bool,
 ) -> None:
@@ -60,7 +66,7 @@ def inspect(
 
     if plot is not None:
         _refuse_plot(plot)
-    loaded = screen.load(adapters)
+    loaded = screen.load(adapters, pickled=pickled)
     with screen.working("Inspecting"), bad_input():
         found = look(loaded, weights=weights, energies=energy or ENERGIES)
     if plot is not None:

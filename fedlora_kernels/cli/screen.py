@@ -58,8 +58,8 @@ def show(console: Console, made: Table) -> None:
         console.print(Text(caption, style="dim"), soft_wrap=True)
 
 
-def load(paths: Sequence[str]) -> list["Adapter"]:
-    """The adapters in these folders, with a progress bar.
+def load(paths: Sequence[str], *, pickled: bool = False) -> list["Adapter"]:
+    """The adapters in these folders, with a progress bar; see :meth:`Adapter.load`.
 
     Raises:
         BadInput: a folder cannot be read as an adapter.
@@ -77,7 +77,7 @@ def load(paths: Sequence[str]) -> list["Adapter"]:
         adapters = []
         for path in paths:
             with bad_input():
-                adapters.append(Adapter.load(path))
+                adapters.append(Adapter.load(path, pickled=pickled))
             progress.advance(task)
     return adapters
 

@@ -416,7 +416,7 @@ BAD = {
     "device-unknown": (["a", "b", "--out", "g", "--device", "gpu"], "--device gpu cannot be used"),
     "device-missing": (["a", "--out", "g", "--device", "cuda:99"], "--device cuda:99 cannot be"),
     "device-meta": (["a", "b", "--out", "g", "--device", "meta"], "--device meta cannot be used"),
-    "missing-folder": (["a", "./nowhere", "--out", "g"], "./nowhere is no folder"),
+    "missing-folder": (["a", "./nowhere", "--out", "g"], "./nowhere is not a folder"),
     "no-adapter": (["a", "full", "--out", "g"], "full has no adapter_config.json"),
     "broken-json": (["a", "broken/json", "--out", "g"], "broken/json: adapter_config.json is not"),
     "broken-weights": (["broken/weights", "--out", "g"], "broken/weights: adapter_model.safet"),
@@ -610,7 +610,7 @@ def test_inspect_draws_a_png(here):
     ("arguments", "text"),
     [
         ([], "Missing argument 'DIR...'"),
-        (["nowhere"], "nowhere is no folder"),
+        (["nowhere"], "nowhere is not a folder"),
         (["a", "--plot", "file/x.png"], "file/x.png cannot be written"),
         (["a", "--plot", "full"], "full is a folder"),
         (["a", "--plot", "/proc/x.png"], "/proc/x.png"),
@@ -698,7 +698,7 @@ def test_the_process_aggregates_and_refuses(here):
     assert (here / "g" / "adapter_model.safetensors").is_file()
     failed = run_process("aggregate", "a", "nowhere", "--out", "h")
     assert (failed.returncode, failed.stdout) == (2, "")
-    expected = "fedlora aggregate: nowhere is no folder; expected a PEFT adapter folder\n"
+    expected = "fedlora aggregate: nowhere is not a folder; expected a PEFT adapter folder\n"
     assert failed.stderr == expected
     assert not (here / "h").exists()
 

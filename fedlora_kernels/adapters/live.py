@@ -1,0 +1,275 @@
+"""Live models: the tensors, scalings and config of an adapter inside a model, and writing to it.
+
+The layers are believed, not the config: ``set_scale`` and the like change what a model computes
+and leave its config as it was.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora_kernels.adapters import keys, peft_format
+from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.peft_format import Config, listed
+
+_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+"""Under which name torch.compile, FSDP, activation checkpointing and DDP keep the model."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """One adapter of a live model, open for reading and writing."""
+
+    state: Mapping[str, Tensor]
+    """the model's own tensors under PEFT's saved keys, without what wrappers add to these"""
+    scalings: Mapping[str, float]
+    """module -> the scaling that its layer applies; empty for VeRA"""
+    config: Config
+    """the adapter's config, with the layers' scalings"""
+
+    def copied(self) -> dict[str, Tensor]:
+        """Whole tensors that no longer belong to the model; a collective where it is sharded."""
+        whole = {key: _whole(tensor.detach()) for key, tensor in self.state.items()}
+        return {key: tensor.clone() for key, tensor in whole.items()}
+
+    @torch.no_grad()
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors of the same keys and shapes into the model."""
+        for key, tensor in tensors.items():
+            target = self.state[key]
+            target.copy_(_as(target, tensor))
+
+
+@contextmanager
+def opened(
+    model: Any, adapter_name: str | None, who: str, *, writing: bool = False
+) -> Iterator[Live]:
+    """One adapter of a live model, whatever it is wrapped in.
+
+    FSDP's parameters are gathered while the block runs, so all processes must open it.
+
+    Args:
+        model: a ``peft.PeftModel`` or a model with injected adapters, or one of these inside
+            torch.compile, DistributedDataParallel or FSDP.
+        adapter_name: PEFT's name of the adapter; None takes "default", or the only one.
+        who: how messages call the client.
+        writing: whether what the block writes has to reach the shards.
+
+    Raises:
+        AdapterError: there is no such adapter, it is merged, disabled or not in memory, or no rule
+            can represent it. The message names the client and the module.
+    """
+    inner = _unwrapped(model, who)
+    chosen = _chosen(inner, adapter_name, who)
+    config = peft_format.plain(inner.peft_config[chosen])
+    reason = peft_format.refusal(config)
+    if reason is not None:
+        raise AdapterError(f"{who}: {reason}")
+    with _gathered(model, who, writing):
+        layers = _layers(inner, chosen, who)
+        state = _state(inner, chosen, who)
+        scalings = _scalings(layers, chosen, who)
+        yield Live(state, scalings, _rescaled(config, layers, chosen, scalings))
+
+
+def _unwrapped(model: Any, who: str) -> Any:
+    inner = model
+    while isinstance(inner, nn.Module) and not _has_adapters(inner):
+        inside = next((name for name in _INSIDE if name in inner._modules), None)
+        if inside is None:
+            break
+        inner = inner._modules[inside]
+    if isinstance(inner, nn.Module) and _has_adapters(inner):
+        return inner
+    kind = type(inner).__name__
+    below = inner.named_modules() if isinstance(inner, nn.Module) else ()
+    where = next((path for path, module in below if _has_adapters(module)), None)
+    if where is not None:
+        raise AdapterError(
+            f"{who}: found a {kind} that holds a model with adapters as {where!r}; give that model"
+        )
+    raise AdapterError(f"{who}: found a {kind} without adapters, expected a peft.PeftModel")
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    """Whether the model itself has adapters; wrappers that pass attributes on do not count."""
+    return "peft_config" in vars(model) or hasattr(type(model), "peft_config")
+
+
+def _chosen(model: Any, adapter_name: str | None, who: str) -> str:
+    names = list(model.peft_config)
+    if adapter_name in names:
+        return str(adapter_name)
+    if adapter_name is None and "default" in names:
+        return "default"
+    if adapter_name is None and len(names) == 1:
+        return str(names[0])
+    found = f"found {listed([repr(name) for name in names], 5) or 'none'}"
+    if adapter_name is None:
+        raise AdapterError(f"{who}: the model has several adapters, {found}; give adapter_name")
+    raise AdapterError(f"{who}: the model has no adapter {adapter_name!r}, {found}")
+
+
+@contextmanager
+def _gathered(model: nn.Module, who: str, writing: bool) -> Iterator[None]:
+    """While the block runs, FSDP's flat parameters are whole and fully_shard's are DTensors."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a sharded model has imported it
+    if fsdp is None:
+        yield
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()  # the optimizer wrote to the shards
+    if not any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        yield
+        return
+    gather = fsdp.FullyShardedDataParallel.summon_full_params(model, writeback=writing)
+    try:
+        gather.__enter__()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise AdapterError(f"{who}: FSDP cannot gather the model: {_first_line(error)}") from error
+    try:
+        yield
+    finally:
+        gather.__exit__(None, None, None)
+
+
+def _layers(model: nn.Module, name: str, who: str) -> dict[str, Any]:
+    """Module -> its layer, of those that hold the adapter and compute with it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[str, Any] = {}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if not any(name in getattr(layer, kind, ()) for kind in layer.adapter_layer_names):
+            continue
+        module = _module(path, who)
+        if layer.merged:
+            raise AdapterError(
+                f"{who}, module {module}: found {listed(list(layer.merged_adapters))} merged into "
+                "the base weight, expected it beside; call model.unmerge_adapter() first"
+            )
+        if layer.disable_adapters:
+            raise AdapterError(
+                f"{who}, module {module}: the layer's adapters are disabled, expected them in use; "
+                "leave the disable_adapter() block, or call enable_adapter_layers() first"
+            )
+        found[module] = layer
+    return found
+
+
+def _state(model: nn.Module, name: str, who: str) -> dict[str, Tensor]:
+    """The adapter's own tensors, under PEFT's saved keys without what wrappers add."""
+    from peft import get_peft_model_state_dict
+
+    tensors = {
+        f"{path}.{own}" if path else own: tensor
+        for path, module in model.named_modules(remove_duplicate=False)
+        for own, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    try:
+        selected = get_peft_model_state_dict(model, state_dict=tensors, adapter_name=name)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise AdapterError(
+            f"{who}: PEFT cannot read the adapter {name!r}: {_first_line(error)}"
+        ) from error
+    state: dict[str, Tensor] = {}
+    for path, tensor in selected.items():
+        key = _plain(path, who)
+        factor = keys.factor(key)
+        where = f"tensor {key}" if factor is None else f"module {factor.module}"
+        if tensor.is_meta:
+            raise AdapterError(
+                f"{who}, {where}: the tensor is on the meta device (offloaded, or never loaded), "
+                "expected it in memory\nload the model without offloading, or call "
+                "accelerate.hooks.remove_hook_from_submodules(model) first"
+            )
+        if hasattr(tensor, "ds_id") and tensor.numel() == 0:
+            raise AdapterError(
+                f"{who}, {where}: the tensor is partitioned by DeepSpeed ZeRO-3, expected it whole"
+                "\nread it inside deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
+        state[key] = tensor
+    return state
+
+
+def _scalings(layers: Mapping[str, Any], name: str, who: str) -> dict[str, float]:
+    scalings: dict[str, float] = {}
+    for module, layer in layers.items():
+        value = getattr(layer, "scaling", {}).get(name)
+        if value is None:  # VeRA has none
+            continue
+        try:
+            scalings[module] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise AdapterError(
+                f"{who}, module {module}: the layer's scaling is a {type(value).__name__}, "
+                "expected a number"
+            ) from None
+    return scalings
+
+
+def _rescaled(
+    config: Config, layers: Mapping[str, Any], name: str, scalings: Mapping[str, float]
+) -> Config:
+    """The config as it is where it gives these scalings, else with alphas that do."""
+    ranks = {module: int(layers[module].r[name]) for module in scalings}
+    if all(
+        peft_format.scaling(config, module, ranks[module]) == value
+        for module, value in scalings.items()
+    ):
+        return config
+    by_alpha: dict[float, list[str]] = {}
+    for module, value in scalings.items():
+        divisor = ranks[module] ** 0.5 if config.get("use_rslora") else ranks[module]
+        by_alpha.setdefault(value * divisor, []).append(module)
+    usual = max(by_alpha, key=lambda alpha: len(by_alpha[alpha]))
+    patterns = {
+        f"^(?:{'|'.join(map(re.escape, modules))})": alpha
+        for alpha, modules in by_alpha.items()
+        if alpha != usual
+    }
+    return {**config, "lora_alpha": usual, "alpha_pattern": patterns}
+
+
+def _module(path: str, who: str) -> str:
+    try:
+        return keys.module_name(path)
+    except ValueError as error:
+        raise AdapterError(f"{who}, module {path}: {error}") from None
+
+
+def _plain(key: str, who: str) -> str:
+    try:
+        return keys.plain(key)
+    except ValueError as error:
+        raise AdapterError(f"{who}, tensor {key}: {error}") from None
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A DTensor gathered from all processes; others as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    whole: Tensor = tensor if gather is None else gather()
+    return whole
+
+
+def _as(target: Any, tensor: Tensor) -> Tensor:
+    """A whole tensor in the dtype, on the device and in the sharding of another."""
+    moved = tensor.to(target.device, target.dtype)
+    if not hasattr(target, "full_tensor"):
+        return moved
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(moved, target.device_mesh, target.placements)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
