@@ -218,13 +218,14 @@ class Adapter:
                 f"{who}: holds no LoRA factors and no VeRA vectors under PEFT's names, found "
                 f"{peft_format.listed(sorted(tensors)) or 'no tensor'}"
             )
+        promised = peft_format.Promised(config)
         for module, (key, alpha) in alphas.items():
             if module in pairs:
-                _refuse_other_alpha(who, module, alpha, config)
+                _refuse_other_alpha(who, module, alpha, promised.alpha(module))
                 del extras[key]
         _refuse_non_finite(who, tensors)
         factors = {
-            module: _factors(who, module, sides, config, module in embeddings)
+            module: _factors(who, module, sides, promised, module in embeddings)
             for module, sides in sorted(pairs.items())
         }
         vera = {}
@@ -278,7 +279,7 @@ class Adapter:
             seen.add(tensor.untyped_storage().data_ptr())
             owned[key] = tensor.clone() if shared else tensor
         save_file(owned, made / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps(self.config, indent=2, sort_keys=True)
+        text = json.dumps(dict(sorted(self.config.items())), indent=2)  # patterns have an order
         (made / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         # safetensors makes files that only their owner may read.
         (made / WEIGHTS_FILE).chmod((made / CONFIG_FILE).stat().st_mode)
@@ -382,10 +383,8 @@ def _patterns(config: Config) -> Config:
     }
 
 
-def _refuse_other_alpha(who: str, module: str, alpha: Tensor, config: Config) -> None:
+def _refuse_other_alpha(who: str, module: str, alpha: Tensor, expected: float) -> None:
     """kohya keeps each module's alpha in the file; PEFT keeps it in the config."""
-    rank = peft_format.configured_rank(config, module)
-    expected = peft_format.scaling(config, module, rank) * rank
     if alpha.numel() != 1 or abs(float(alpha) - expected) > 1e-6 * abs(expected):
         found = float(alpha) if alpha.numel() == 1 else list(alpha.shape)
         raise AdapterError(
@@ -436,7 +435,11 @@ def _require_both(
 
 
 def _factors(
-    who: str, module: str, sides: Mapping[str, Tensor], config: Config, embedding: bool
+    who: str,
+    module: str,
+    sides: Mapping[str, Tensor],
+    promised: peft_format.Promised,
+    embedding: bool,
 ) -> Factors:
     _require_both(who, module, sides, ("lora_A", "lora_B"))
     a, b = sides["A"], sides["B"]
@@ -449,11 +452,11 @@ def _factors(
         raise AdapterError(f"{who}, module {module}: found {shapes}, expected [m,r] and [r,n]")
     if not (a.is_floating_point() and b.is_floating_point()):
         raise AdapterError(f"{who}, module {module}: factors are {b.dtype} and {a.dtype}")
-    expected = peft_format.configured_rank(config, module)
+    expected = promised.rank(module)
     if a.shape[0] != expected:
         raise AdapterError(
             f"{who}, module {module}: factors have rank {a.shape[0]}, its {CONFIG_FILE} says "
             f"{expected}"
         )
-    made = Factors(b, a, peft_format.scaling(config, module, a.shape[0]), embedding)
+    made = Factors(b, a, promised.scaling(module, a.shape[0]), embedding)
     return replace(made, finite_at=made.version)

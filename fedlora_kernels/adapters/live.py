@@ -4,8 +4,8 @@ The layers are believed, not the config: ``set_scale`` and the like change what 
 and leave its config as it was.
 """
 
-import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora_kernels.adapters import keys, peft_format
+from fedlora_kernels.adapters import keys, patterns, peft_format
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.peft_format import Config, listed
 
@@ -222,22 +222,15 @@ def _rescaled(
 ) -> Config:
     """The config as it is where it gives these scalings, else with alphas that do."""
     ranks = {module: int(layers[module].r[name]) for module in scalings}
-    if all(
-        peft_format.scaling(config, module, ranks[module]) == value
-        for module, value in scalings.items()
-    ):
+    promised = peft_format.Promised(config)
+    if all(promised.scaling(module, ranks[module]) == scalings[module] for module in scalings):
         return config
-    by_alpha: dict[float, list[str]] = {}
-    for module, value in scalings.items():
-        divisor = ranks[module] ** 0.5 if config.get("use_rslora") else ranks[module]
-        by_alpha.setdefault(value * divisor, []).append(module)
-    usual = max(by_alpha, key=lambda alpha: len(by_alpha[alpha]))
-    patterns = {
-        f"^(?:{'|'.join(map(re.escape, modules))})": alpha
-        for alpha, modules in by_alpha.items()
-        if alpha != usual
+    alphas = {
+        module: value * (ranks[module] ** 0.5 if config.get("use_rslora") else ranks[module])
+        for module, value in scalings.items()
     }
-    return {**config, "lora_alpha": usual, "alpha_pattern": patterns}
+    usual = Counter(alphas.values()).most_common(1)[0][0]
+    return {**config, "lora_alpha": usual, "alpha_pattern": patterns.written(alphas, usual)}
 
 
 def _module(path: str, who: str) -> str:

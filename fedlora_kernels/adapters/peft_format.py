@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from fedlora_kernels.adapters import patterns
+from fedlora_kernels.adapters.patterns import Patterns
+
 Config = dict[str, Any]
 
 CONFIG_FILE = "adapter_config.json"
@@ -103,10 +106,10 @@ def malformed(config: Config) -> str | None:
     if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
         return f"modules_to_save is {heads!r}, expected a list of names"
     for field, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
-        patterns = config.get(field) or {}
-        if not isinstance(patterns, Mapping):
-            return f"{field} is {patterns!r}, expected a mapping"
-        for key, value in patterns.items():
+        found = config.get(field) or {}
+        if not isinstance(found, Mapping):
+            return f"{field} is {found!r}, expected a mapping"
+        for key, value in found.items():
             if not fits(value):
                 return f"{field} has {value!r} for {key!r}"
             try:
@@ -141,22 +144,26 @@ def disagreement(first: Config, other: Config) -> str | None:
     return None
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for key, value in (patterns or {}).items():
-        if _matches(key, module):
-            return value
-    return default
+class Promised:
+    """What a config says of the rank and the scaling of each module."""
 
+    def __init__(self, config: Config) -> None:
+        self._rank, self._alpha = config.get("r", 8), config.get("lora_alpha", 8)
+        self._rslora = bool(config.get("use_rslora"))
+        self._ranks = Patterns(config.get("rank_pattern"))
+        self._alphas = Patterns(config.get("alpha_pattern"))
 
-def configured_rank(config: Config, module: str) -> int:
-    """The rank a config promises for a module."""
-    return int(_pattern(config.get("rank_pattern"), module, config.get("r", 8)))
+    def rank(self, module: str) -> int:
+        """r of the module."""
+        return int(self._ranks.value(module, self._rank))
 
+    def alpha(self, module: str) -> float:
+        """lora_alpha of the module."""
+        return float(self._alphas.value(module, self._alpha))
 
-def scaling(config: Config, module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA, with the module's own alpha."""
-    alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    def scaling(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, with the module's own alpha."""
+        return self.alpha(module) / (math.sqrt(rank) if self._rslora else rank)
 
 
 def result_config(
@@ -173,14 +180,12 @@ def result_config(
     }
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    names = sorted(ranks)
-    lines = "\n".join(names)
     config = {**start}
     config.update(
         r=rank,
         lora_alpha=alpha,
-        rank_pattern={_key(name, lines): ranks[name] for name in names if ranks[name] != rank},
-        alpha_pattern={_key(name, lines): alphas[name] for name in names if alphas[name] != alpha},
+        rank_pattern=patterns.written(ranks, rank),
+        alpha_pattern=patterns.written(alphas, alpha),
         use_rslora=rslora,
         init_lora_weights=True,
         target_modules=sorted(ranks),
@@ -200,29 +205,6 @@ def _tidy(alpha: float) -> float | int:
     """An alpha without the rounding of scaling * rank: 16, not 16.000000000000004."""
     nearest = round(alpha)
     return nearest if abs(alpha - nearest) <= 1e-9 * max(1.0, abs(alpha)) else alpha
-
-
-def _key(module: str, names: str) -> str:
-    """A pattern that PEFT matches with this module alone, among names of one line each: the name
-    itself, escaped where needed.
-    """
-    try:
-        matched = [found[0] for found in re.finditer(_whole(module), names, re.MULTILINE)]
-    except re.error:
-        matched = []
-    return module if matched == [module] else "^" + re.escape(module)
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(_whole(pattern), module) is not None
-    except re.error:
-        return False
-
-
-def _whole(pattern: str) -> str:
-    """What PEFT makes of a pattern: the module's name, or what follows one of its dots."""
-    return rf"^(?:.*\.)?(?:{pattern})$"
 
 
 def headless(config: Config) -> Config:
