@@ -23,6 +23,7 @@ def aggregate(
     uniform_rank: bool = False,
     dtype: torch.dtype | None = None,
     heads: str | None = None,
+    same_base: bool = False,
     **options: Any,
 ) -> Aggregation:
     """Combine the clients' adapters into one.
@@ -40,11 +41,13 @@ def aggregate(
             "renormalize", as if it were not there.
         precision: "exact" (float64 accumulation) or "fast" (float32 with promotion).
         carried: ``result.carried`` of the last round, for a rule with memory.
-        uniform_rank: pad every module with zeros to one rank, for servers that ignore PEFT's
-            rank_pattern.
+        uniform_rank: one r and one lora_alpha tell the whole update, for servers that ignore
+            PEFT's rank_pattern and alpha_pattern: every module is padded with zeros to one rank,
+            and different scalings are folded into B.
         dtype: of the result's factors; the clients' own when None.
         heads: what becomes of the tensors beside the factors (modules_to_save, biases): "average",
             or "local" (they stay with their clients); None is the rule's own way.
+        same_base: whether the clients have one base model whatever their configs call it.
         **options: of a rule given by name, see ``flk.rules.find(name).options()``.
 
     Returns:
@@ -57,7 +60,14 @@ def aggregate(
         ValueError: the rule is unknown, or an option is out of range.
         TypeError: the rule has no such option.
     """
-    round_ = Round(adapters, weights=weights, absent=absent, device=device, precision=precision)
+    round_ = Round(
+        adapters,
+        weights=weights,
+        absent=absent,
+        device=device,
+        precision=precision,
+        same_base=same_base,
+    )
     return round_.aggregate(
         rule, carried=carried, uniform_rank=uniform_rank, dtype=dtype, heads=heads, **options
     )

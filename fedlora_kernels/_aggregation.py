@@ -172,6 +172,8 @@ class Work:
         clients = round_.clients
         _refuse_kinds(clients, rule)
         rule.validate(clients)
+        if self._heads == "average":
+            extras.check(clients)
         more = rule.joins(carried)
         self.joined = round_.joined(more) if more else None
         """the batches with what the rule carried over from the last round, if anything"""
@@ -261,7 +263,7 @@ class Work:
         else:
             flags = {bool(client.config.get("use_rslora")) for client in clients}
             config = _config(clients, factors, rslora=self._averaged and flags == {True})
-            if clients[0].extras and not beside:  # the heads stay with the clients
+            if not average and any(client.extras for client in clients):  # they stay there
                 config = peft_format.headless(config)
             adapter = Adapter(factors, config, extras=beside)
         delivery = Delivery(rule, adapter, residual, self._heads)
@@ -331,17 +333,30 @@ def _refuse_overflow(batch: Batch, factors: Side) -> None:
 def _finished(
     made: Mapping[str, Factors], embeddings: Set[str], uniform_rank: bool
 ) -> dict[str, Factors]:
-    """By name, embeddings marked, and padded to one rank where that was asked for."""
+    """By name and embeddings marked; with one rank and one scaling where that was asked for.
+
+    Raises:
+        AdapterError: a scaling folded into B overflows its dtype.
+    """
     if not embeddings and not uniform_rank:
         return dict(sorted(made.items()))
     widest = max((item.rank for item in made.values()), default=1)
+    scalings = {item.scaling for item in made.values()}
+    common = scalings.pop() if len(scalings) == 1 else 1.0
     finished = {}
     for module, item in sorted(made.items()):
-        b, a = item.b, item.a
+        b, a, scaling = item.b, item.a, item.scaling
         if uniform_rank:
+            if scaling != common:
+                b, scaling = (b.double() * (scaling / common)).to(b.dtype), common
+                if not finite([b]):
+                    raise AdapterError(
+                        f"module {module}: B times its scaling {item.scaling:g} overflows "
+                        f"{b.dtype}; ask for a wider dtype"
+                    )
             b = torch.nn.functional.pad(b, (0, widest - item.rank))
             a = torch.nn.functional.pad(a, (0, 0, 0, widest - item.rank))
-        finished[module] = Factors(b, a, item.scaling, module in embeddings)
+        finished[module] = Factors(b, a, scaling, module in embeddings)
     return finished
 
 
@@ -360,9 +375,12 @@ def _vera(clients: Sequence[Adapter], weights: Tensor, beside: Mapping[str, Tens
 def _config(
     clients: Sequence[Adapter], factors: Mapping[str, Factors], *, rslora: bool
 ) -> peft_format.Config:
+    configs = [client.config for client in clients]
     return peft_format.result_config(
-        clients[0].config,
+        peft_format.merged(configs),
         {module: item.rank for module, item in factors.items()},
         {module: item.scaling for module, item in factors.items()},
         rslora,
+        own_targets=all(client.factors.keys() == factors.keys() for client in clients)
+        and peft_format.same_targets(configs, factors),
     )

@@ -42,6 +42,8 @@ class Round:
             as if it were not there.
         device: where the work is done; where the adapters are when None.
         precision: "exact" (float64 accumulation) or "fast" (float32 with promotion).
+        same_base: whether the clients have one base model whatever their configs call it, local
+            paths for example.
 
     Raises:
         AdapterError: what the clients sent does not belong together; names client and module.
@@ -56,11 +58,12 @@ class Round:
         absent: str = "zero",
         device: torch.device | str | None = None,
         precision: str = "exact",
+        same_base: bool = False,
     ) -> None:
         self.clients = tuple(adapters)
         self.weights = agreement.normalized(weights, self.clients)
         """w_k [K] float64"""
-        agreement.check(self.clients)
+        agreement.check(self.clients, same_base=same_base)
         checks.precision(precision)
         self._absent, self._device, self._precision = absent, device, precision
         self._made: WeakSet[Grams] = WeakSet()
@@ -94,8 +97,9 @@ class Round:
             rule: a rule (``flk.rules.FLoRIST(energy=0.9)``) or the name of one; a sequence of them
                 gives a list of results.
             carried: ``result.carried`` of the last round, for a rule with memory.
-            uniform_rank: pad every module with zeros to one rank, for servers that ignore PEFT's
-                rank_pattern.
+            uniform_rank: one r and one lora_alpha tell the whole update, for servers that ignore
+                PEFT's rank_pattern and alpha_pattern: every module is padded with zeros to one
+                rank, and different scalings are folded into B.
             dtype: of the result's factors; the clients' own when None.
             heads: what becomes of the tensors beside the factors (modules_to_save, biases):
                 "average", or "local" (they stay with their clients); None is the rule's own way,

@@ -13,13 +13,17 @@ from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.peft_format import label
 
 
-def check(adapters: Sequence[Adapter]) -> None:
+def check(adapters: Sequence[Adapter], *, same_base: bool = False) -> None:
     """Refuse clients that do not belong to one federation.
 
+    Args:
+        adapters: the clients.
+        same_base: whether they are known to have one base model, whatever they call it.
+
     Raises:
-        AdapterError: one folder named twice, configs that disagree (base model, task,
-            modules_to_save, VeRA's projection key, ...), module names that do not belong to one
-            base model, or extra tensors that only some clients have. The message names the client.
+        AdapterError: one folder named twice, configs that disagree (base model, task, VeRA's
+            projection key, ...), module names that do not belong to one base model, or VeRA's
+            projections that differ. The message names the client.
     """
     seen: dict[object, int] = {}
     named = next((a for a in adapters if a.config.get("base_model_name_or_path")), adapters[0])
@@ -31,12 +35,11 @@ def check(adapters: Sequence[Adapter]) -> None:
             who = label(index, adapter.name)
             raise AdapterError(f"{who} is the same folder as client {seen[adapter.source]}")
         for number, other in others:
-            problem = peft_format.disagreement(other.config, adapter.config)
+            problem = peft_format.disagreement(other.config, adapter.config, same_base=same_base)
             if problem is not None:
                 who = label(index, adapter.name)
                 raise AdapterError(f"{who}: {problem} as in {label(number, other.name)}")
-        if adapter.extras or adapters[0].extras:
-            extras.check(adapters[0], adapter, label(index, adapter.name))
+    extras.check_projections(adapters)
     names(adapters)
 
 

@@ -8,42 +8,91 @@ from torch import Tensor
 from fedlora_kernels import ops
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.peft_format import label
 
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 """PEFT's keys of VeRA's frozen projections: equal in all clients, not averaged."""
 
 
-def check(first: Adapter, adapter: Adapter, who: str) -> None:
-    """Refuse extras that cannot be averaged with the first client's.
+def check(adapters: Sequence[Adapter]) -> None:
+    """Refuse extras that cannot be averaged.
 
     Raises:
-        AdapterError: a tensor is missing, unexpected or of another shape, or differs where no
-            average exists. The message names the client and the tensor.
+        AdapterError: a tensor is missing, unexpected or of another shape. The message names the
+            client and the tensor.
     """
-    for key in sorted(first.extras.keys() ^ adapter.extras.keys()):
-        verb = "lacks" if key in first.extras else "has an unexpected"
-        raise AdapterError(f"{who} {verb} tensor {key}")
-    for key, tensor in adapter.extras.items():
-        expected = first.extras[key]
-        if tensor.shape != expected.shape:
+    first = {key for key in adapters[0].extras if not _frozen(key)}
+    for index, adapter in enumerate(adapters):
+        if not adapter.extras and not first:
+            continue
+        who = label(index, adapter.name)
+        mine = {key for key in adapter.extras if not _frozen(key)}
+        for key in sorted(first ^ mine):
+            verb = "lacks" if key in first else "has an unexpected"
             raise AdapterError(
-                f"{who}, tensor {key}: shape {list(tensor.shape)}, expected {list(expected.shape)}"
+                f"{who} {verb} tensor {key}; heads='local' leaves it with the clients"
             )
-        fixed = key in PROJECTIONS or not tensor.is_floating_point()
-        if fixed and not torch.equal(tensor, expected):
-            raise AdapterError(f"{who}, tensor {key}: differs from client 0's and is not averaged")
+        for key in mine:
+            shape, expected = (list(x.extras[key].shape) for x in (adapter, adapters[0]))
+            if shape != expected:
+                raise AdapterError(
+                    f"{who}, tensor {key}: shape {shape}, expected {expected} as in "
+                    f"{label(0, adapters[0].name)}; heads='local' leaves it with the clients"
+                )
+
+
+def check_projections(adapters: Sequence[Adapter]) -> None:
+    """Refuse VeRA's clients whose frozen projections differ.
+
+    Raises:
+        AdapterError: names the client and the tensor.
+    """
+    first = adapters[0]
+    for index, adapter in enumerate(adapters):
+        if not (adapter.extras or first.extras):
+            continue
+        who = label(index, adapter.name)
+        for key in PROJECTIONS:
+            expected, found = first.extras.get(key), adapter.extras.get(key)
+            if (expected is None) != (found is None):
+                verb = "lacks" if found is None else "has an unexpected"
+                raise AdapterError(f"{who} {verb} tensor {key}")
+            if expected is None or found is None or found is expected:
+                continue
+            if found.shape != expected.shape or not torch.equal(found, expected):
+                raise AdapterError(
+                    f"{who}, tensor {key}: differs from that of {label(0, first.name)}; VeRA's "
+                    "projections are frozen and must be equal in all clients"
+                )
 
 
 def average(adapters: Sequence[Adapter], weights: Tensor) -> dict[str, Tensor]:
-    """The weighted mean of every extra; what has no mean is the first client's."""
+    """The weighted mean of every extra; of whole numbers, which count something, the largest.
+
+    Frozen copies of the base model's own weights stay where all clients have the same.
+    """
     averaged = {}
     for key, first in adapters[0].extras.items():
-        if key in PROJECTIONS or not first.is_floating_point():
+        if key in PROJECTIONS:
             averaged[key] = first
             continue
-        stacked = torch.stack([adapter.extras[key] for adapter in adapters])[None]
-        averaged[key] = ops.weighted_sum(stacked, weights.to(first.device))[0]
+        found = [adapter.extras[key] for adapter in adapters if key in adapter.extras]
+        if _frozen(key):
+            if len(found) == len(adapters) and all(torch.equal(first, other) for other in found):
+                averaged[key] = first
+        elif not first.is_floating_point():
+            averaged[key] = torch.stack(found).amax(0)
+        else:
+            stacked = torch.stack(found)[None]
+            averaged[key] = ops.weighted_sum(stacked, weights.to(first.device))[0]
     return averaged
+
+
+def _frozen(key: str) -> bool:
+    """Whether this is a copy of a weight that the adapter leaves as it is, as PEFT saves beside
+    adapters of embeddings; VeRA's projections are looked at by themselves.
+    """
+    return ".base_layer." in key or key in PROJECTIONS
 
 
 def projections(adapter: Adapter) -> dict[str, Tensor]:

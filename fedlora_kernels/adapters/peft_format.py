@@ -8,11 +8,11 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from fedlora_kernels.adapters import patterns
+from fedlora_kernels.adapters import base_model, patterns
 from fedlora_kernels.adapters.patterns import Patterns
 
 Config = dict[str, Any]
@@ -33,24 +33,23 @@ _UNREPRESENTABLE = {
 }
 # Initializations that also change the base weights, so that B A is not the whole update.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Config fields in which clients of one federation must agree.
-_COMMON = (
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "qalora_group_size",
-    "projection_prng_key",
-)
-# Of these, None says nothing.
-_UNKNOWN_WHEN_NONE = ("base_model_name_or_path", "revision")
+# Config fields in which clients of one federation must agree, with PEFT's defaults: a version that
+# did not know a field did what the default does.
+_COMMON = {
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "projection_prng_key": None,
+}
+# Fields that only matter beside another one.
+_BESIDE = {"qalora_group_size": ("use_qalora", 16)}
+# Of these, a client that says nothing agrees with every other.
+_TOLD_BY_SOME = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "bias")
+# Fields that say which modules of the base model have factors.
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# Tasks whose models PEFT gives a head of their own, which it then looks for in the file.
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def plain(config: object) -> Config:
@@ -129,18 +128,39 @@ def _is_alpha(value: object) -> bool:
     return abs(value) <= sys.float_info.max  # NaN is not, and integers may be larger
 
 
-def disagreement(first: Config, other: Config) -> str | None:
-    """The first field in which two clients' configs must agree and do not, or None."""
+def disagreement(first: Config, other: Config, *, same_base: bool = False) -> str | None:
+    """The first field in which two clients' configs must agree and do not, or None.
+
+    Args:
+        first: what is expected.
+        other: what is looked at.
+        same_base: whether the clients are known to have one base model, whatever they call it.
+    """
     if first == other:
         return None
-    for field in _COMMON:
-        one, two = first.get(field), other.get(field)
-        if field in _UNKNOWN_WHEN_NONE and (one is None or two is None):
-            continue
-        if field == "modules_to_save":  # PEFT adds the head's name again on every load
-            one, two = sorted(set(one or ())), sorted(set(two or ()))
-        if (one or None) != (two or None):
-            return f"{field} is {two!r}, expected {one!r}"
+
+    def differ(field: str, default: Any = None) -> str | None:
+        one, two = (config.get(field, default) for config in (first, other))
+        one, two = (default if value is None else value for value in (one, two))
+        return None if one == two else f"{field} is {two!r}, expected {one!r}"
+
+    bases = (first.get("base_model_name_or_path"), other.get("base_model_name_or_path"))
+    if not same_base:
+        if not base_model.same(*bases):
+            return (
+                f"base_model_name_or_path is {bases[1]!r}, expected {bases[0]!r} "
+                "(same_base=True or --same-base says that they are one model)"
+            )
+        if first.get("revision") and other.get("revision") and (found := differ("revision")):
+            return found
+    if first.get("task_type") and other.get("task_type") and (found := differ("task_type")):
+        return found
+    for field, default in {"peft_type": None, **_COMMON}.items():
+        if found := differ(field, default):
+            return found
+    for field, (beside, expected) in _BESIDE.items():
+        if first.get(beside) and (found := differ(field, expected)):
+            return found
     return None
 
 
@@ -167,12 +187,25 @@ class Promised:
 
 
 def result_config(
-    start: Config, ranks: Mapping[str, int], scalings: Mapping[str, float], rslora: bool
+    start: Config,
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
+    rslora: bool,
+    *,
+    own_targets: bool = False,
 ) -> Config:
     """The config of an adapter with these ranks and scalings, the rest taken from a client's.
 
     alpha = scaling * rank (or sqrt(rank) with rsLoRA); the commonest rank and alpha become the
     defaults and the other modules get rank_pattern and alpha_pattern.
+
+    Args:
+        start: the client's.
+        ranks: module -> rank.
+        scalings: module -> scaling.
+        rslora: whether alpha is divided by sqrt(rank).
+        own_targets: whether the client's own fields name exactly these modules; else they are
+            listed by their full names.
     """
     alphas = {
         module: _tidy(scalings[module] * (math.sqrt(rank) if rslora else rank))
@@ -188,11 +221,10 @@ def result_config(
         alpha_pattern=patterns.written(alphas, alpha),
         use_rslora=rslora,
         init_lora_weights=True,
-        target_modules=sorted(ranks),
         modules_to_save=sorted(set(start.get("modules_to_save") or ())) or None,
     )
-    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-        config[field] = None
+    if not own_targets:
+        config.update(dict.fromkeys(_TARGETS), target_modules=sorted(ranks))
     for field in ("eva_config", "corda_config", "lora_ga_config"):
         if field in config:
             config[field] = None
@@ -201,15 +233,60 @@ def result_config(
     return config
 
 
+def same_targets(configs: Sequence[Config], modules: Iterable[str]) -> bool:
+    """Whether all clients name the modules of one base model in the same way, these among them."""
+    first = configs[0]
+    if any(_listed(config, field) != _listed(first, field)
+           for config in configs[1:] for field in _TARGETS):  # fmt: skip
+        return False
+    return all(_targeted(first.get("target_modules"), module) for module in modules)
+
+
+def _listed(config: Config, field: str) -> Any:
+    """A field whose lists have no order."""
+    value = config.get(field)
+    return sorted(map(str, value)) if isinstance(value, list) else value
+
+
+def _targeted(targets: object, module: str) -> bool:
+    """Whether target_modules names a module: a regular expression, or a list of names' ends."""
+    if isinstance(targets, str):
+        try:
+            return targets == "all-linear" or re.fullmatch(targets, module) is not None
+        except re.error:
+            return False
+    ends = targets if isinstance(targets, list) else []
+    return any(module == end or module.endswith(f".{end}") for end in ends)
+
+
 def _tidy(alpha: float) -> float | int:
     """An alpha without the rounding of scaling * rank: 16, not 16.000000000000004."""
     nearest = round(alpha)
     return nearest if abs(alpha - nearest) <= 1e-9 * max(1.0, abs(alpha)) else alpha
 
 
+def merged(configs: Sequence[Config]) -> Config:
+    """The first client's config, with what only other clients tell."""
+    told = {
+        field: next((config[field] for config in configs if config.get(field)), None)
+        for field in (*_TOLD_BY_SOME, "modules_to_save")
+    }
+    return {**configs[0], **{field: value for field, value in told.items() if value}}
+
+
 def headless(config: Config) -> Config:
-    """A config whose folder holds no head: PEFT would look for the task's classifier otherwise."""
-    return {**config, "modules_to_save": None, "task_type": None}
+    """A config whose folder holds no tensors beside the factors: PEFT would look for those that
+    the config promises, a task's own head among them.
+    """
+    promised = {"modules_to_save": None, "trainable_token_indices": None}
+    kept = {key: value for key, value in config.items() if key not in promised}
+    kept.update({key: None for key in promised if key in config})
+    kept["modules_to_save"] = None
+    if config.get("task_type") in _TASKS_WITH_HEADS:
+        kept["task_type"] = None
+    if config.get("bias", "none") != "none":
+        kept["bias"] = "none"
+    return kept
 
 
 def head(config: Config) -> Config:

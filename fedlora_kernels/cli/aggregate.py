@@ -66,7 +66,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 @click.option(
     "--uniform-rank",
     is_flag=True,
-    help="Pad every module with zeros to one rank, for servers that ignore rank_pattern.",
+    help="One rank and one alpha for all modules, for servers that ignore PEFT's patterns.",
 )
 @click.option(
     "--dtype", type=click.Choice(_DTYPES), help="Dtype of the result; the clients' by default."
@@ -76,6 +76,11 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
     type=click.Choice(["average", "local"]),
     help="Tensors beside the factors: averaged, or left with their clients; local by default where "
     "clients keep models of their own, else average.",
+)
+@click.option(
+    "--same-base",
+    is_flag=True,
+    help="The clients have one base model, whatever their configs call it.",
 )
 @click.option(
     "--pickled",
@@ -97,6 +102,7 @@ def aggregate(
     uniform_rank: bool,
     dtype: str | None,
     heads: str | None,
+    same_base: bool,
     pickled: bool,
     modules: bool,
     as_json: bool,
@@ -124,6 +130,7 @@ def aggregate(
             uniform_rank=uniform_rank,
             dtype=dtype,
             heads=heads,
+            same_base=same_base,
             options=options,
         )
     with screen.working(f"Writing {out}"):
