@@ -251,12 +251,13 @@ class Work:
             for module, factors in ({} if client.vera else client.factors).items()
             if factors.embedding
         }
-        factors = _finished(self._factors, embeddings, self._uniform_rank)
+        tied = peft_format.tied(clients[0].config, self._factors, embeddings)
+        factors = _finished(self._factors, embeddings, self._uniform_rank, tied)
         average = self._heads == "average"
         beside = extras.average(clients, self._round.weights) if average else {}
         residual = None
         if self._residuals:
-            rest = _finished(self._residuals, embeddings, self._uniform_rank)
+            rest = _finished(self._residuals, embeddings, self._uniform_rank, tied)
             residual = Adapter(rest, peft_format.headless(_config(clients, rest, rslora=False)))
         if clients[0].vera:
             adapter = _vera(clients, self._round.weights, beside)
@@ -331,31 +332,34 @@ def _refuse_overflow(batch: Batch, factors: Side) -> None:
 
 
 def _finished(
-    made: Mapping[str, Factors], embeddings: Set[str], uniform_rank: bool
+    made: Mapping[str, Factors], embeddings: Set[str], uniform_rank: bool, tied: Set[str]
 ) -> dict[str, Factors]:
-    """By name and embeddings marked; with one rank and one scaling where that was asked for.
+    """By name and embeddings marked; with one rank and one scaling where that was asked for, and
+    one rank for modules that a loader ties.
 
     Raises:
         AdapterError: a scaling folded into B overflows its dtype.
     """
-    if not embeddings and not uniform_rank:
+    if not embeddings and not uniform_rank and not tied:
         return dict(sorted(made.items()))
     widest = max((item.rank for item in made.values()), default=1)
     scalings = {item.scaling for item in made.values()}
     common = scalings.pop() if len(scalings) == 1 else 1.0
+    of_tied = max((made[module].rank for module in tied if module in made), default=1)
     finished = {}
     for module, item in sorted(made.items()):
         b, a, scaling = item.b, item.a, item.scaling
-        if uniform_rank:
-            if scaling != common:
-                b, scaling = (b.double() * (scaling / common)).to(b.dtype), common
-                if not finite([b]):
-                    raise AdapterError(
-                        f"module {module}: B times its scaling {item.scaling:g} overflows "
-                        f"{b.dtype}; ask for a wider dtype"
-                    )
-            b = torch.nn.functional.pad(b, (0, widest - item.rank))
-            a = torch.nn.functional.pad(a, (0, 0, 0, widest - item.rank))
+        if uniform_rank and scaling != common:
+            b, scaling = (b.double() * (scaling / common)).to(b.dtype), common
+            if not finite([b]):
+                raise AdapterError(
+                    f"module {module}: B times its scaling {item.scaling:g} overflows "
+                    f"{b.dtype}; ask for a wider dtype"
+                )
+        if uniform_rank or module in tied:
+            spare = (widest if uniform_rank else of_tied) - item.rank
+            b = torch.nn.functional.pad(b, (0, spare))
+            a = torch.nn.functional.pad(a, (0, 0, 0, spare))
         finished[module] = Factors(b, a, scaling, module in embeddings)
     return finished
 

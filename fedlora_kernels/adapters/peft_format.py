@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from enum import Enum
 from typing import Any
 
@@ -48,6 +48,8 @@ _BESIDE = {"qalora_group_size": ("use_qalora", 16)}
 _TOLD_BY_SOME = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "bias")
 # Fields that say which modules of the base model have factors.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# What model classes call the layer whose weight may be tied to the embedding's.
+_OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer", "cls")
 # Tasks whose models PEFT gives a head of their own, which it then looks for in the file.
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -240,6 +242,17 @@ def same_targets(configs: Sequence[Config], modules: Iterable[str]) -> bool:
            for config in configs[1:] for field in _TARGETS):  # fmt: skip
         return False
     return all(_targeted(first.get("target_modules"), module) for module in modules)
+
+
+def tied(config: Config, modules: Iterable[str], embeddings: Set[str]) -> Set[str]:
+    """The embeddings and output heads that PEFT gives one pair of factors when it loads them."""
+    if not config.get("ensure_weight_tying"):
+        return frozenset()
+    return {
+        module
+        for module in modules
+        if module in embeddings or module.rpartition(".")[2] in _OUTPUT_HEADS
+    }
 
 
 def _listed(config: Config, field: str) -> Any:

@@ -235,9 +235,9 @@ def test_no_factors_at_all(sites: list[str]) -> None:
         ("base_model_name_or_path", "another-base"),
         ("revision", "v2"),
         ("task_type", "SEQ_CLS"),
-        ("fan_in_fan_out", True),
-        ("modules_to_save", ["score"]),
-        ("bias", "all"),
+        ("layer_replication", [[0, 2], [1, 3]]),
+        ("alora_invocation_tokens", [7]),
+        ("use_qalora", True),
     ],
 )
 def test_clients_of_different_federations(field: str, value: object, sites: list[str]) -> None:

@@ -184,7 +184,8 @@ def test_facts_of_a_client():
 
 
 def test_notes_name_what_rules_refuse_and_what_is_absent():
-    clients = [lora(1, 2), lora(2, 2, sizes=only(Q)), lora(3, 2, task_type="CAUSAL_LM")]
+    clients = [lora(1, 2, task_type="SEQ_CLS"), lora(2, 2, sizes=only(Q))]
+    clients.append(lora(3, 2, task_type="CAUSAL_LM"))
     notes = inspect(clients).notes
     assert any(note.startswith("client 1 (client-2): 2 modules are absent") for note in notes)
     assert any(note.startswith("client 2 (client-3): task_type") for note in notes)
