@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 class Aggregation:
     """The result of one aggregation."""
 
+    note: str | None = None
+    """what the report cannot say, if anything"""
+
     def __init__(
         self, delivery: Delivery, clients: Sequence[Adapter], curve: list[CurvePoint], work: "Work"
     ) -> None:
@@ -121,6 +124,8 @@ class Aggregation:
         with folder.replaced(Path(path), WRITTEN) as made:
             self.adapter.write(made)
             described = {"rule": self.rule.name, "modules": self.report.as_dict()}
+            if self.note is not None:
+                described["note"] = self.note
             text = json.dumps(described, indent=2)
             (made / "report.json").write_text(text + "\n", encoding="utf-8")
             if self.residual is not None:
@@ -159,7 +164,7 @@ class Work:
         self._uniform_rank, self._dtype = uniform_rank, dtype
         self._heads = heads or ("local" if rule.personal else "average")
         clients = round_.clients
-        _refuse_kinds(clients, rule)
+        refuse_kinds(clients, rule)
         rule.validate(clients)
         more = rule.joins(carried)
         self.joined = round_.joined(more) if more else None
@@ -238,7 +243,7 @@ class Work:
         return Aggregation(delivery, clients, curve(self._swept), self)
 
 
-def _refuse_kinds(clients: Sequence[Adapter], rule: Rule) -> None:
+def refuse_kinds(clients: Sequence[Adapter], rule: Rule) -> None:
     """Refuse adapters of a kind that the rule cannot aggregate."""
     for index, client in enumerate(clients):
         if client.vera and "VERA" not in rule.aggregates:

@@ -144,6 +144,12 @@ def disagreement(first: Config, other: Config) -> str | None:
     return None
 
 
+def completed(config: Config, known: Mapping[str, Any]) -> Config:
+    """A config in which the fields that say nothing when None say what others know of them."""
+    said = {field: known.get(field) for field in _UNKNOWN_WHEN_NONE if config.get(field) is None}
+    return {**config, **said}
+
+
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for key, value in (patterns or {}).items():
         if _matches(key, module):

@@ -87,6 +87,13 @@ class Rule:
         raise NotImplementedError(f"rule {self.name!r} defines no solve()")
 
     @property
+    def averages(self) -> bool:
+        """Whether the result is nothing but the weighted means of the clients' factors, by the
+        weights as given. A mean of means is the mean of all, so running sums are enough for it.
+        """
+        return False
+
+    @property
     def joint(self) -> bool:
         """Whether the modules compete, so that every batch is read before one can be solved."""
         return False

@@ -35,6 +35,11 @@ class HetLoRA(Rule):
         "sparsity-weighted aggregation); False is plain zero-padding",
     )
 
+    @property
+    def averages(self) -> bool:
+        """A client's norm is known when it is read, but a result holds no sum of the norms."""
+        return not self.norm_weighted
+
     def solve(self, grams: Grams) -> Solution:
         """The coefficients that pad and average."""
         import torch
