@@ -20,6 +20,7 @@ from fedlora_kernels._round import Round
 from fedlora_kernels.adapters import agreement, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.finite import all_finite
 from fedlora_kernels.adapters.peft_format import label
 from fedlora_kernels.arrivals import blocks, durable, folders
 from fedlora_kernels.arrivals.journal import Entry, Journal
@@ -225,7 +226,11 @@ class Stream:
         if not in_place:
             with durable.made(self._copies(index)) as place:
                 loaded.write(place)
-            written = Adapter.load(self._copies(index))
+            try:
+                written = Adapter.load(self._copies(index))
+            except AdapterError as error:  # of an adapter that was never in a folder
+                found = str(error).replace(str(self._copies(index)), who)
+                raise AdapterError(found) from None
             folders.refuse_other_scalings(written, loaded, who)
             loaded = written
         loaded = folders.named(loaded, entry.name)
@@ -312,6 +317,7 @@ def _refuse_stranger(rule: Rule, before: Adapter | None, client: Adapter, who: s
     Raises:
         AdapterError: names the client and the module.
     """
+    _refuse_non_finite(client, who)
     pair = [folders.named(client, _NEW)]
     if before is not None:
         pair.insert(0, folders.named(before, _BEFORE))
@@ -326,3 +332,15 @@ def _refuse_stranger(rule: Rule, before: Adapter | None, client: Adapter, who: s
     except AdapterError as error:
         said = str(error).replace(label(len(pair) - 1, _NEW), who)
         raise AdapterError(said.replace(label(0, _BEFORE), "the clients before it")) from None
+
+
+def _refuse_non_finite(client: Adapter, who: str) -> None:
+    """Files were looked at when they were read; tensors in memory are looked at here."""
+    for module, pair in ({} if client.vera else client.factors).items():
+        for side, factor in (("B", pair.b), ("A", pair.a)):
+            if pair.version != pair.finite_at and not all_finite(factor):
+                raise AdapterError(f"{who}, module {module}: {side} holds NaN or Inf")
+    beside = {**client.extras, **{name: pair[1] for name, pair in client.vera.items()}}
+    for name, tensor in beside.items():
+        if not all_finite(tensor):
+            raise AdapterError(f"{who}, tensor {name}: holds NaN or Inf")

@@ -21,7 +21,7 @@ from fedlora_kernels.adapters import agreement, extras, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
-from fedlora_kernels.adapters.finite import finite
+from fedlora_kernels.adapters.finite import all_finite
 from fedlora_kernels.arrivals import durable
 from fedlora_kernels.rules import Rule
 
@@ -94,7 +94,7 @@ class Sums:
             who: the client, for messages.
 
         Raises:
-            AdapterError: the client's numbers are not finite, or a sum with them is not.
+            AdapterError: a sum overflows float64; names the client and the module.
         """
         unit = math.frexp(weight)[1] if self.unit is None and weight > 0 else self.unit
         share = weight if unit is None else _scaled(weight, -unit, who)
@@ -133,9 +133,6 @@ class Sums:
                 sides = (B + module, A + module)
                 yield from ((name, old[name]) for name in sides if name in old)
                 continue
-            for side, factor in (("B", pair.b), ("A", pair.a)):
-                if pair.version != pair.finite_at and not _finite(factor):
-                    raise AdapterError(f"{who}, module {module}: {side} holds NaN or Inf")
             where = f"{who}, module {module}"
             if rule.sends != "a":
                 shape, term = (row.rows, row.rank), share * pair.scaling
@@ -275,7 +272,7 @@ def _sum(
     if old is not None:
         total[tuple(map(slice, old.shape))] = old
     total[tuple(map(slice, term.shape))].add_(term.detach().cpu().double(), alpha=factor)
-    if not _finite(total):
+    if not all_finite(total):
         raise AdapterError(f"{where}: the sum of the weighted numbers overflows float64")
     return total
 
@@ -283,16 +280,11 @@ def _sum(
 def _rounded(mean: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     """In the result's dtype, which must hold it."""
     made = mean.to(dtype, copy=True)
-    if not _finite(made):
+    if not all_finite(made):
         raise AdapterError(
             f"module {where}: the aggregate overflows {dtype}; ask for a wider dtype"
         )
     return made
-
-
-def _finite(numbers: Tensor) -> bool:
-    """One pass; a second one where the sum of finite numbers overflows."""
-    return not numbers.is_floating_point() or finite((numbers,)) or bool(numbers.isfinite().all())
 
 
 def _scaled(weight: float, power: int, who: str) -> float:
