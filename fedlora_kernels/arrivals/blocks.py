@@ -104,6 +104,7 @@ def row(
     Raises:
         AdapterError: a factor holds NaN or Inf, or is too large to square.
     """
+    new, older = Widened(), Widened()
     for batch in stack([client], torch.ones(1, dtype=torch.float64), device=device, gram_bytes=0):
         own = Grams(batch)
         (module,), (pair,) = batch.modules, batch.pairs
@@ -112,20 +113,39 @@ def row(
             (B, own.b[0], pair.b.mT, [other.b.mT for other in others]),
             (A, own.a[0], pair.a, [other.a for other in others]),
         )
-        for side, corner, rows, older in sides:
-            wide = rows.to(batch.device, torch.float64)
-            parts = [
-                wide @ torch.cat([x.to(batch.device, torch.float64) for x in part]).mT
-                for part in _runs(older, room)
-            ]
+        for side, corner, rows, all_before in sides:
+            wide = new([rows], batch.device)
+            parts = [wide @ older(part, batch.device).mT for part in _runs(all_before, room)]
             yield side + module, torch.cat([*parts, corner], 1).cpu()
 
 
+class Widened:
+    """Factors in float64, one under the other, in one piece of memory for all modules: pieces of
+    their own, freed between the small blocks that stay, would leave holes that add up.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, factors: Sequence[Tensor], device: torch.device) -> Tensor:
+        """[sum r, d] float64 of factors [r, d], until the next call."""
+        count = sum(factor.shape[0] for factor in factors)
+        size = (count, factors[0].shape[1])
+        if self._memory.numel() < size[0] * size[1] or self._memory.device != device:
+            self._memory = torch.empty(size[0] * size[1], dtype=torch.float64, device=device)
+        together = self._memory[: size[0] * size[1]].view(size)
+        start = 0
+        for factor in factors:
+            together[start : start + factor.shape[0]].copy_(factor)
+            start += factor.shape[0]
+        return together
+
+
 def _runs(factors: Sequence[Tensor], room: int) -> Iterator[list[Tensor]]:
-    """Runs of factors that fit the room in float64, twice: one by one and together."""
+    """Runs of factors that fit the room in float64; one factor is a run however large it is."""
     run: list[Tensor] = []
     for factor in factors:
-        if run and 16 * (sum(x.numel() for x in run) + factor.numel()) > room:
+        if run and 8 * (sum(x.numel() for x in run) + factor.numel()) > room:
             yield run
             run = []
         run.append(factor)

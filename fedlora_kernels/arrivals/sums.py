@@ -138,7 +138,7 @@ class Sums:
                 shape, term = (row.rows, row.rank), share * pair.scaling
                 yield B + module, _sum(old.get(B + module), pair.b, term, shape, where)
             if rule.sends == "b":  # one A in all clients, which is no sum
-                yield A + module, old.get(A + module, pair.a.cpu().contiguous())
+                yield A + module, old.get(A + module, _own(pair.a))
             else:
                 shape = (row.rank, row.columns)
                 yield A + module, _sum(old.get(A + module), pair.a, share, shape, where)
@@ -151,7 +151,7 @@ class Sums:
                 where = f"{who}, tensor {key}"
                 total = _sum(old.get(EXTRA + key), tensor, share, tensor.shape, where)
             else:
-                total = old.get(EXTRA + key, tensor.cpu().contiguous())
+                total = old.get(EXTRA + key, _own(tensor))
             yield EXTRA + key, total
 
     def before(self, rule: Rule) -> Adapter | None:
@@ -258,6 +258,11 @@ def _vera_rows(old: Mapping[str, Row], client: Adapter, share: float) -> dict[st
         )
         for module, (lambda_b, lambda_d) in client.vera.items()
     }
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy: safetensors refuses tensors that share memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _averaged(key: str, tensor: Tensor) -> bool:

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from federation import CASES, EPS, EQUAL_RANK_CASES, Federation, draw, norm, update, write_client
+from federation import (
+    CASES,
+    EPS,
+    EQUAL_RANK_CASES,
+    Drawn,
+    Federation,
+    draw,
+    norm,
+    update,
+    write_client,
+)
 from vera import vera_clients
 
 import fedlora_kernels as flk
@@ -184,6 +194,15 @@ def test_another_a_is_refused_by_a_rule_with_one(tmp_path: Path) -> None:
         stream.add(drawn.adapters[1])
 
 
+def test_modules_may_share_one_tensor(tmp_path: Path) -> None:
+    from federation import federation
+
+    drawn = draw(sizes=WIDE).drawn[0]
+    tied = federation([dict.fromkeys(WIDE, drawn["layers.0.q"])])
+    for rule in flk.rules.names():
+        assert_same(streamed(tmp_path / rule, tied, rule).result(), tied.aggregate(rule), tied)
+
+
 def test_no_clients_and_no_weights(tmp_path: Path) -> None:
     for rule in ("fedit", "florist"):
         stream = flk.Stream(rule, state=tmp_path / rule)
@@ -355,7 +374,10 @@ print(most)
     drawn = draw(ranks=(8, 8, 8), sizes={"layers.0.q": (4096, 4096)})
     for k, client in enumerate(drawn.drawn):
         write_client(tmp_path / f"one-{k}", client)
-        many = {f"layers.{i}.q": client["layers.0.q"] for i in range(64)}
+        own = client["layers.0.q"]
+        many = {
+            f"layers.{i}.q": Drawn(own.b.clone(), own.a.clone(), own.scaling) for i in range(64)
+        }
         write_client(tmp_path / f"site-{k}", many)
     sums = 64 * 2 * 4096 * 8 * 8
     limit = sums // 2  # 16 MiB; the clients are 48 MiB
