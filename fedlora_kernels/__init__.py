@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedlora_kernels._delivery import Delivery
     from fedlora_kernels._inspect import Inspection, inspect
     from fedlora_kernels._round import Round
+    from fedlora_kernels._stream import Stream
     from fedlora_kernels.adapters.adapter import Adapter
     from fedlora_kernels.adapters.error import AdapterError
     from fedlora_kernels.adapters.factors import Factors
@@ -44,6 +45,7 @@ __all__ = [
     "Report",
     "Round",
     "Rule",
+    "Stream",
     "aggregate",
     "backend",
     "backends",
@@ -65,6 +67,7 @@ _WHERE = {
     "Report": "gram_space.report",
     "Round": "_round",
     "Rule": "rules",
+    "Stream": "_stream",
     "aggregate": "_aggregate",
     "backend": "backends",
     "backends": "backends",

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 class Aggregation:
     """The result of one aggregation."""
 
+    note: str | None = None
+    """what the report cannot say, if anything"""
+
     def __init__(
         self, delivery: Delivery, clients: Sequence[Adapter], curve: list[CurvePoint], work: "Work"
     ) -> None:
@@ -130,8 +133,10 @@ class Aggregation:
         """
         with folder.replaced(Path(path), WRITTEN) as made:
             self.adapter.write(made)
-            noted = {"note": self.report.note} if self.report.note else {}
-            described = {"rule": self.rule.name, **noted, "modules": self.report.as_dict()}
+            described: dict[str, Any] = {"rule": self.rule.name}
+            if note := self.note or self.report.note:
+                described["note"] = note
+            described["modules"] = self.report.as_dict()
             text = json.dumps(described, indent=2)
             (made / "report.json").write_text(text + "\n", encoding="utf-8")
             if self.residual is not None:
@@ -170,7 +175,7 @@ class Work:
         self._uniform_rank, self._dtype = uniform_rank, dtype
         self._heads = heads or ("local" if rule.personal else "average")
         clients = round_.clients
-        _refuse_kinds(clients, rule)
+        refuse_kinds(clients, rule)
         rule.validate(clients)
         if self._heads == "average":
             extras.check(clients)
@@ -271,7 +276,7 @@ class Work:
         return Aggregation(delivery, clients, curve(self._swept), self)
 
 
-def _refuse_kinds(clients: Sequence[Adapter], rule: Rule) -> None:
+def refuse_kinds(clients: Sequence[Adapter], rule: Rule) -> None:
     """Refuse adapters of a kind that the rule cannot aggregate."""
     for index, client in enumerate(clients):
         if client.vera and "VERA" not in rule.aggregates:

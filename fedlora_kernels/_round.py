@@ -22,13 +22,16 @@ from fedlora_kernels._aggregation import Aggregation, Work
 from fedlora_kernels._inspect import ENERGIES, Inspection, inspection
 from fedlora_kernels.adapters import agreement
 from fedlora_kernels.adapters.adapter import Adapter
-from fedlora_kernels.gram_space.batches import stack
+from fedlora_kernels.gram_space.batches import Batch, stack
 from fedlora_kernels.gram_space.grams import Grams
 from fedlora_kernels.ops import checks
 from fedlora_kernels.rules import Rule
 
 KEPT = 1 << 28
 """Bytes of Gram matrices and spectra that a round keeps, 256 MiB; others are computed anew."""
+
+LIVE = 16
+"""So many arrays of a batch's G_B, at most, live while the batch is worked on."""
 
 
 class Round:
@@ -49,6 +52,9 @@ class Round:
         AdapterError: what the clients sent does not belong together; names client and module.
         ValueError: absent or precision is unknown.
     """
+
+    _memory_limit: int | None = None
+    """what a batch's matrices, and those that are kept, may take together"""
 
     def __init__(
         self,
@@ -147,7 +153,7 @@ class Round:
         memory had it make included, fits KEPT together with them.
         """
         others = sum(other.nbytes for other in self._made if other is not grams)
-        return others + grams.nbytes <= KEPT
+        return others + grams.nbytes <= (KEPT if self._memory_limit is None else 0)
 
     def joined(self, more: Sequence[tuple[Adapter, float]]) -> list[Grams]:
         """The batches of the clients beside further adapters, whose weights stay as they are."""
@@ -158,7 +164,18 @@ class Round:
     def _stacked(
         self, adapters: Sequence[Adapter], weights: torch.Tensor, joined: int = 0
     ) -> list[Grams]:
-        batches = stack(adapters, weights, absent=self._absent, device=self._device, joined=joined)
-        made = [Grams(batch, self._precision) for batch in batches]
+        batches = stack(
+            adapters,
+            weights,
+            absent=self._absent,
+            device=self._device,
+            joined=joined,
+            gram_bytes=self._memory_limit and self._memory_limit // LIVE,
+        )
+        made = [self._of(batch) for batch in batches]
         self._made.update(made)
         return made
+
+    def _of(self, batch: Batch) -> Grams:
+        """A batch's matrices, from its factors."""
+        return Grams(batch, self._precision)

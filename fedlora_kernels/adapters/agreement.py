@@ -145,16 +145,24 @@ def normalized(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> 
     if len(weights) != len(adapters):
         raise AdapterError(f"found {len(weights)} weights for {len(adapters)} clients")
     values: list[float] = []
-    for adapter, weight in zip(adapters, weights, strict=True):
-        try:
-            value = float(weight)
-        except (TypeError, ValueError, OverflowError):
-            value = math.nan
-        if not math.isfinite(value) or value < 0:
-            who = label(len(values), adapter.name)
-            raise AdapterError(f"{who}: weight {weight}, expected a finite number >= 0")
-        values.append(value)
+    for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        values.append(checked(weight, label(index, adapter.name)))
     if not sum(values) > 0:
         raise AdapterError("all weights are zero; at least one client must count")
     shares = torch.tensor(values, dtype=torch.float64) / max(values)  # the sum may overflow
     return shares / shares.sum()
+
+
+def checked(weight: float, who: str) -> float:
+    """One client's weight as given.
+
+    Raises:
+        AdapterError: it is negative or no finite number; names the client.
+    """
+    try:
+        value = float(weight)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise AdapterError(f"{who}: weight {weight}, expected a finite number >= 0")
+    return value

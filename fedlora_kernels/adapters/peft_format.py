@@ -166,6 +166,12 @@ def disagreement(first: Config, other: Config, *, same_base: bool = False) -> st
     return None
 
 
+def completed(config: Config, known: Mapping[str, Any]) -> Config:
+    """A config in which the fields that say nothing when None say what others know of them."""
+    said = {field: known.get(field) for field in _TOLD_BY_SOME if not config.get(field)}
+    return {**config, **said}
+
+
 class Promised:
     """What a config says of the rank and the scaling of each module."""
 

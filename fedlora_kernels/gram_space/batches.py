@@ -184,6 +184,7 @@ def stack(
     absent: str = "zero",
     device: torch.device | str | None = None,
     joined: int = 0,
+    gram_bytes: int | None = None,
 ) -> list[Batch]:
     """Batches of all modules of all clients.
 
@@ -194,6 +195,8 @@ def stack(
             weights are scaled up to sum to 1 for that module ("renormalize").
         device: where the work is done; where the adapters are when None.
         joined: how many of the adapters, the last ones, are not clients.
+        gram_bytes: what the matrices G_B of one batch of several modules may take; GRAM_BYTES when
+            None.
 
     Raises:
         AdapterError: clients disagree about a module's size, and the message names both; or the
@@ -207,13 +210,15 @@ def stack(
     return [
         _batch(adapters, signature, part, weights, absent, device, joined)
         for signature, modules in groups.items()
-        for part in _parts(modules, sum(signature.ranks))
+        for part in _parts(
+            modules, sum(signature.ranks), GRAM_BYTES if gram_bytes is None else gram_bytes
+        )
     ]
 
 
-def _parts(modules: Sequence[str], stacked_rank: int) -> Iterator[Sequence[str]]:
-    """The modules in runs whose Gram matrices fit GRAM_BYTES, as equal as can be."""
-    fit = max(1, GRAM_BYTES // max(1, 8 * stacked_rank**2))
+def _parts(modules: Sequence[str], stacked_rank: int, gram_bytes: int) -> Iterator[Sequence[str]]:
+    """The modules in runs whose Gram matrices fit gram_bytes, as equal as can be."""
+    fit = max(1, gram_bytes // max(1, 8 * stacked_rank**2))
     count = -(-len(modules) // fit)
     for part in range(count):
         begin, end = (len(modules) * index // count for index in (part, part + 1))

@@ -93,14 +93,19 @@ class Grams:
         """
         if self._matrices is None:
             self.batch.refuse_changes()
-            modules = len(self.modules)
-            b, a = (
-                ops.gram_list(factors, modules, rows=rows, precision=self.precision)
-                for factors, rows in ((self.batch.list_b, False), (self.batch.list_a, True))
-            )
+            b, a = self._read()
             self._refuse_overflow(b, a)
             self._matrices = b, a
         return self._matrices
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        """G_B and G_A from the factors."""
+        modules = len(self.modules)
+        b, a = (
+            ops.gram_list(factors, modules, rows=rows, precision=self.precision)
+            for factors, rows in ((self.batch.list_b, False), (self.batch.list_a, True))
+        )
+        return b, a
 
     def _refuse_overflow(self, b: Tensor, a: Tensor) -> None:
         """NaN and Inf show on the diagonals; only where there is one, look for whose it is."""

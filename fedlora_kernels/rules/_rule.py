@@ -111,6 +111,13 @@ class Rule:
         return ""
 
     @property
+    def averages(self) -> bool:
+        """Whether the result is nothing but the weighted means of the clients' factors, by the
+        weights as given. A mean of means is the mean of all, so running sums are enough for it.
+        """
+        return False
+
+    @property
     def joint(self) -> bool:
         """Whether a module's coefficients depend on the others, so that every batch is read before
         one can be solved.

@@ -25,6 +25,7 @@ class FedIT(Rule):
     title = "FedIT"
     paper = "2305.05644"
     exact = "product of means, not exact"
+    averages = True
     separable = True
 
     def solve(self, grams: Grams) -> Solution:

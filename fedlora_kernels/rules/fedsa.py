@@ -29,6 +29,7 @@ class FedSA(Rule):
     paper = "2410.01463"
     travels = "A (VeRA: lambda_d)"
     exact = "personal B, shared A"
+    averages = True
     sends = "a"
     receives = "own"
     aggregates = ("LORA", "VERA")

@@ -25,6 +25,7 @@ class FFA(Rule):
     paper = "2403.12313"
     travels = "B (A is fixed)"
     exact = "exact"
+    averages = True
     is_exact = True
     sends = "b"
     trains = "b"

@@ -48,6 +48,11 @@ class HetLoRA(Rule):
     norms: Mapping[int, float] | None = field(default=None, repr=False)
     """client -> its weight times the norm, over all modules; set by :meth:`prepared`, no option"""
 
+    @property
+    def averages(self) -> bool:
+        """A client's norm is known when it is read, but a result holds no sum of the norms."""
+        return not self.norm_weighted
+
     def solve(self, grams: Grams) -> Solution:
         """The coefficients that pad and average."""
         from fedlora_kernels.gram_space.coefficients import Solution, padded

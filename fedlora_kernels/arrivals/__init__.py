@@ -1,0 +1,1 @@
+"""What a :class:`Stream` keeps of the clients that came: a journal, and sums or Gram blocks."""
