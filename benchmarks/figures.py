@@ -1,9 +1,9 @@
-"""The README's section and the figures, from the committed result files.
+"""The figures of the committed result files, and the pages that show them.
 
-    python -m benchmarks.figures [--results benchmarks/results] [--readme README.md]
+    python -m benchmarks.figures [--results benchmarks/results] [PAGE ...]
 
-Colors are Okabe and Ito's, which every kind of color vision separates; markers and labels at the
-lines' ends say the same again.
+Draws the figures of every device, then fills the pages (README.md and docs/performance.md where
+none is named). Markers and labels at the lines' ends say the same as their colors.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks import readme
+from benchmarks import pages
 from benchmarks.stand import results
 from benchmarks.stand.table import duration
+from integration.report import palette
+from integration.report.palette import BLUE, EDGE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILION
 
-BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
-ORANGE, PURPLE, INK = "#E69F00", "#CC79A7", "#24292F"
-MUTED, GRID = "#57606A", "#E6EAEE"
+PAGES = (Path("README.md"), Path("docs/performance.md"))
 
 LINES = {
     "stacked_svd": (INK, "o"),
@@ -44,23 +44,11 @@ ACROSS = 3
 """Growth curves beside each other."""
 
 STYLE = {
-    "font.family": "DejaVu Sans",
+    **palette.STYLE,
     "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": "#AFB8C1",
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "fedlora_kernels",
-    "svg.fonttype": "path",
+    "axes.labelcolor": INK,
 }
 
 
@@ -190,7 +178,7 @@ def floors(suites: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Share of the floor reached: ours as filled marks, the best peer hollow, a row per input."""
     rows = []
     for stage in ("gram", "spectrum", "combine", "weighted_sum", "stacked_svd", "flora_na"):
-        for block in readme.blocks(suites[stage]["rows"]) if stage in suites else ():
+        for block in pages.blocks(suites[stage]["rows"]) if stage in suites else ():
             ours = [row for row in block if not row["source"] and row["share_of_floor"]]
             theirs = [
                 row for row in block if row["source"] and not row["less"] and row["share_of_floor"]
@@ -203,7 +191,7 @@ def floors(suites: Mapping[str, Mapping[str, Any]]) -> Figure:
     labels = []
     for place, (stage, ours, theirs) in enumerate(rows):
         if place and stage != rows[place - 1][0]:
-            axes.axhline(place - 0.5, color="#AFB8C1", linewidth=0.8)
+            axes.axhline(place - 0.5, color=EDGE, linewidth=0.8)
         row = ours[0]
         family = "" if row["family"] == "shared_start" else f", {row['family']}"
         labels.append(
@@ -272,24 +260,21 @@ def drawn(folder: Path, kind: str) -> list[Path]:
 
 
 def main() -> int:
-    """Draw the figures of every device and write the README's section."""
+    """Draw the figures of every device and fill the pages."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--kind", choices=("svg", "png"), default="svg")
+    parser.add_argument("pages", type=Path, nargs="*", default=PAGES, metavar="PAGE")
     chosen = parser.parse_args()
-    sections = []
     for folder in sorted(path for path in chosen.results.iterdir() if path.is_dir()):
-        root = chosen.readme.resolve().parent
-        paths = [Path(os.path.relpath(p.resolve(), root)) for p in drawn(folder, chosen.kind)]
-        suites = results.read(folder)
-        if suites:
-            sections.append(readme.section(suites, [path.as_posix() for path in paths]))
-    if not sections:
-        print(f"{chosen.results} holds no results; run `make bench` first", file=sys.stderr)
-        return 1
-    text = chosen.readme.read_text(encoding="utf-8")
-    chosen.readme.write_text(readme.replaced(text, "\n\n".join(sections)), encoding="utf-8")
+        drawn(folder, "svg")
+    for page in chosen.pages:
+        root = os.path.relpath(chosen.results, page.parent)
+        try:
+            text = pages.filled(page.read_text(encoding="utf-8"), chosen.results, root)
+        except ValueError as error:
+            print(f"{page}: {error}", file=sys.stderr)
+            return 1
+        page.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -173,7 +173,7 @@ class Work:
     ) -> None:
         self._round, self._rule = round_, rule
         self._uniform_rank, self._dtype = uniform_rank, dtype
-        self._heads = heads or ("local" if rule.personal else "average")
+        self._heads = heads or rule.heads
         clients = round_.clients
         refuse_kinds(clients, rule)
         rule.validate(clients)

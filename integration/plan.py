@@ -238,7 +238,6 @@ def _traffic(planned: Plan, rule: flk.Rule) -> Traffic:
     """
     settings = planned.settings
     clients = {rank: planned.shapes(ranks) for rank, ranks in planned.ranks.items()}
-    heads = "local" if rule.personal else "average"
     up, down = [], []
     for number in range(1, min(settings.rounds, 20) + 1):
         asked = [settings.ranks[k] for k in participants(settings, number)]
@@ -246,7 +245,7 @@ def _traffic(planned: Plan, rule: flk.Rule) -> Traffic:
             module: rule.widest([planned.ranks[rank][module] for rank in asked], size)
             for module, size in planned.modules.items()
         }
-        delivery = flk.Delivery(rule, planned.shapes(widest), heads=heads)
+        delivery = flk.Delivery(rule, planned.shapes(widest), heads=rule.heads)
         sent, received = traffic(
             delivery, [clients[rank] for rank in asked], trained(rule, settings, number)
         )

@@ -158,6 +158,13 @@ class Rule:
 
     # ---- what others ask -----------------------------------------------------------------------
 
+    @property
+    def heads(self) -> Literal["average", "local"]:
+        """What becomes of the tensors beside the factors (heads, biases) where the caller does
+        not say: each client keeps its own under a personal rule, else they are averaged.
+        """
+        return "local" if self.personal else "average"
+
     def widest(self, ranks: Sequence[int], size: tuple[int, int]) -> int:
         """The rank of what travels down for one module, a residual included.
 

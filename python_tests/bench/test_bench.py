@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 import fedlora_kernels as flk
-from benchmarks import figures, peers, readme
+from benchmarks import figures, pages, peers
 from benchmarks import run as program
 from benchmarks.peers import (
     adam,
@@ -252,7 +252,7 @@ def test_every_variant_is_right_and_gets_a_number(name: str) -> None:
         assert row.checks, row.variant
 
 
-def test_flows_are_said_beside_their_targets_and_shown_in_the_readme() -> None:
+def test_flows_are_said_beside_their_targets_and_shown_on_the_page() -> None:
     rows = []
     for case in flows.CASES:
         small = replace(case, modules=1, ranks=equal(2, 3))
@@ -277,9 +277,10 @@ def test_flows_are_said_beside_their_targets_and_shown_in_the_readme() -> None:
     assert said[1].endswith("50 ms,  0.50 of numpy average's 100 ms (target 0.80)")
     assert said[5].endswith("(target 1.50)")
     document = results.of_rows("flows", CPU, ROOF, rows)
-    section = readme.section({"flows": document}, [])
-    assert "TinyLlama-1.1B, 44 modules, 8 x 16" in section
-    assert "| `aggregate fedit` | numpy average | 200 ms; 0.50 | 200 ms; 0.50 |" in section
+    tables = pages.tables({"flows": document}, [])
+    assert "TinyLlama-1.1B: 44 modules, 8 x 16" in tables
+    assert "| `fedit` | numpy average | 200 ms; 0.50 | 200 ms; 0.50 |" in tables
+    assert "0.50 to 0.50 times" in pages.claims({"flows": document})
 
 
 PEER_FILES = sorted(
@@ -573,15 +574,20 @@ def test_acceptance_and_figures(tmp_path: Path) -> None:
     results.write(tmp_path, CPU, results.of_rows("gram", CPU, ROOF, rows))
     drawn = figures.drawn(path.parent, "svg")
     assert [figure.name for figure in drawn] == ["speedups.svg", "floors.svg"]
-    section = readme.section(results.read(path.parent), ["a/speedups.svg"])
-    assert "of floor" in section
-    assert "![speedups](a/speedups.svg)" in section
-    page = readme.replaced(f"top\n{readme.BEGIN}\nstale section\n{readme.END}\nend", section)
+    marks = (
+        "<!-- benchmark claims -->\nstale\n<!-- end -->\n<!-- benchmark tables -->\n<!-- end -->"
+    )
+    page = pages.filled(f"top\n{marks}\nend", tmp_path, "a")
     assert page.startswith("top")
     assert page.endswith("end")
-    assert "stale section" not in page
-    with pytest.raises(ValueError, match="expected the markers"):
-        readme.replaced("no markers", section)
+    assert "of floor" in page
+    assert f"![speedups](a/{path.parent.name}/figures/speedups.svg)" in page
+    assert "three SVDs of FLoRIST's released code" in page
+    assert "stale" not in page
+    with pytest.raises(ValueError, match="has no mark"):
+        pages.filled("no marks", tmp_path, "a")
+    with pytest.raises(ValueError, match="unknown part 'more'"):
+        pages.filled("<!-- benchmark more -->\n<!-- end -->", tmp_path, "a")
 
 
 def test_growth(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from fedlora_kernels.cli.rules import as_markdown
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+NUMPY = (ROOT / "docs" / "numpy.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README + NUMPY, re.DOTALL)
 COMMANDS = re.findall(r"^fedlora .*", README, re.MULTILINE)
 SIZES = {"model.layers.0.self_attn.q_proj": (40, 24), "model.layers.0.self_attn.v_proj": (16, 24)}
 
@@ -69,6 +70,10 @@ def test_operators_and_backends_are_there() -> None:
     assert set(re.findall(r"^\| `([\w-]+)`", table, re.M)) == {
         b.name for b in flk.backends.ordered()
     }
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
