@@ -81,7 +81,7 @@ def tables(suites: Suites, figures: Sequence[str]) -> str:
         suites: what ``results.read`` found.
         figures: paths of the figures, relative to the page.
     """
-    parts = [f"## {_device(suites)}", f"{_versions(suites)}. {_rates(suites)}"]
+    parts = [f"## {_device(suites)}", f"Measured with {_versions(suites)}. {_rates(suites)}"]
     if "acceptance" in suites:
         acceptance, summary = suites["acceptance"], suites["acceptance"]["summary"]
         parts += ["### FLoRIST's decomposition", "\n".join(_decompositions(acceptance))]
@@ -107,7 +107,8 @@ FIGURES = {
     "speedups": "How many times as long the two peers of FLoRIST's decomposition take, in both "
     "precisions:",
     "growth": "How the time and the peak memory grow with one size, the others fixed. `~ x^1.5` "
-    "is the fitted power of that size:",
+    "is the fitted power of that size. From the dotted line on, the spectrum takes longer than the "
+    "Gram pass; the stacked rank R of that point stands beside it:",
     "floors": "Share of the floor that every stage reaches on every input, beside the best peer:",
 }
 """Figure -> the sentence above it."""
