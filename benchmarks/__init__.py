@@ -1,7 +1,7 @@
 """Benchmarks: this library beside named peers on the same inputs, in one run.
 
 python -m benchmarks.run [--suite NAME] [--base GITREF] [--results benchmarks/results]
-python -m benchmarks.figures                     the README's tables and the figures
+python -m benchmarks.figures                     the figures, and the pages that show them
 benchmarks/on_gpu.sh RESULTS_DIR                 a first run on a GPU
 
 stand/     inputs, tasks with their checks, clocks, floors, result files

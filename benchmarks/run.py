@@ -8,7 +8,7 @@
 
 Outputs are checked against float64 first. If a check fails, no time is reported for that variant.
 With --results the rows go to ``DIR/<device>/<suite>.json``; ``python -m benchmarks.figures`` makes
-the README's tables and the figures from these files.
+the figures, README's claims and docs/performance.md from these files.
 """
 
 import argparse
