@@ -1,0 +1,1 @@
+"""The library from other frameworks, one file per framework."""
