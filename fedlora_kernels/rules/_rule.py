@@ -75,6 +75,8 @@ class Rule:
     """the command line takes this rule where none is named"""
     personal: ClassVar[bool]
     """clients keep different models (their own B and heads); there is no merged global one"""
+    combination: ClassVar[str] = ""
+    """what PEFT calls it, as a ``combination_type`` of add_weighted_adapter; may be empty"""
     aggregates: ClassVar[tuple[str, ...]] = ("LORA",)
     """the adapter kinds that it can aggregate, as PEFT's peft_type"""
 

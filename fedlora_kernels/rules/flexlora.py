@@ -26,6 +26,7 @@ class FlexLoRA(Rule):
     exact = "best of each client's rank"
     heterogeneous = True
     receives = "leading"
+    combination = "svd"
 
     rank: int | None = option(
         None, "rank of the global adapter; the largest client rank of each module when None"

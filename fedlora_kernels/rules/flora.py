@@ -26,6 +26,7 @@ class FLoRA(Rule):
     is_exact = True
     heterogeneous = True
     after = "merge"
+    combination = "cat"
 
     def solve(self, grams: Grams) -> Solution:
         """D as the coefficients of A."""

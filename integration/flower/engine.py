@@ -12,15 +12,15 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 import fedlora_kernels as flk
-from integration.flower.messages import MessageError, read_tensors, write_adapter
+from fedlora_kernels.interop.exchange import difference
+from integration.flower.messages import read_tensors, write_adapter
 from integration.model.serialize import deserialize
 from integration.model.trainer import LocalTrainer
 from integration.rounds.client import Client, Update
@@ -213,9 +213,9 @@ class FlowerEngine:
         try:
             record = content.array_records.get("update")
             tensors = {} if record is None else read_tensors(record)
-        except MessageError as error:
+        except flk.AdapterError as error:
             return str(error)
-        if reason := _difference(tensors, start.state_dict()):
+        if reason := difference(tensors, start.state_dict()):
             return reason
         serialized = {"tensors": tensors, "config": start.config}
         return Update(
@@ -235,28 +235,3 @@ def _number(content: RecordDict, record: str, name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def _difference(
-    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
-) -> str | None:
-    """What is wrong with a reply's tensors beside those that the client started from."""
-
-    def some(names: Iterable[str]) -> str:
-        first, *others = sorted(names)
-        return first + (f" and {len(others)} more" if others else "")
-
-    if missing := set(expected) - set(found):
-        return f"its update lacks {some(missing)}"
-    if unknown := set(found) - set(expected):
-        return f"its update has the unknown {some(unknown)}"
-    for name, tensor in expected.items():
-        got = found[name]
-        if got.shape != tensor.shape or got.dtype != tensor.dtype:
-            return (
-                f"{name} is {got.dtype} {list(got.shape)}, expected {tensor.dtype} "
-                f"{list(tensor.shape)}"
-            )
-        if not bool(got.isfinite().all()):
-            return f"{name} holds NaN or infinite values"
-    return None

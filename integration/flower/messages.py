@@ -1,7 +1,6 @@
 """Adapters as Flower's records: every dtype bit for bit, also bfloat16, which NumPy lacks.
 
-An Array holds the tensor's bytes (`stype` "raw.le", little-endian, contiguous), its dtype by
-torch's name and its shape. Flower's own FedAvg cannot average such an array by mistake.
+Tensors are written raw, so Flower's own FedAvg cannot average them by mistake.
 """
 
 from __future__ import annotations
@@ -10,59 +9,22 @@ import json
 from collections.abc import Mapping
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 import fedlora_kernels as flk
+from fedlora_kernels.interop.flower import from_arrays as read_tensors
+from fedlora_kernels.interop.flower import raw
 from integration.model.serialize import deserialize, serialize
 from integration.model.trainer import Moments
 
-STYPE = "raw.le"
-
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
-}
-
-
-class MessageError(ValueError):
-    """A record that holds no usable tensors; the message says which and why."""
+__all__ = ["read_adapter", "read_moments", "read_tensors", "write_adapter", "write_moments"]
+__all__ += ["write_tensors"]
 
 
 def write_tensors(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """The tensors, on the CPU, as one record."""
-    return ArrayRecord(
-        {
-            name: Array(
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                shape=tuple(tensor.shape),
-                stype=STYPE,
-                data=_bytes(tensor),
-            )
-            for name, tensor in tensors.items()
-        }
-    )
-
-
-def read_tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    """The tensors again. Raises MessageError for another encoding, or bytes that do not fit."""
-    tensors = {}
-    for name, array in record.items():
-        if array.stype != STYPE or array.dtype not in DTYPES:
-            raise MessageError(
-                f"{name} is {array.dtype} in {array.stype}; expected {STYPE} and one of "
-                f"{', '.join(DTYPES)}"
-            )
-        dtype, shape = DTYPES[array.dtype], tuple(array.shape)
-        expected = torch.Size(shape).numel() * dtype.itemsize
-        if len(array.data) != expected:
-            raise MessageError(
-                f"{name} has {len(array.data)} bytes; {array.dtype} of shape {list(shape)} has "
-                f"{expected}"
-            )
-        flat = torch.frombuffer(bytearray(array.data), dtype=dtype) if expected else torch.empty(0)
-        tensors[name] = flat.to(dtype).reshape(shape)
-    return tensors
+    return ArrayRecord({name: raw(tensor) for name, tensor in tensors.items()})
 
 
 def write_adapter(records: RecordDict, name: str, adapter: flk.Adapter) -> None:
@@ -99,8 +61,3 @@ def read_moments(record: ArrayRecord, device: torch.device) -> Moments:
         place, name = key.split(".", 1)
         moments.setdefault(int(place), {})[name] = tensor if name == "step" else tensor.to(device)
     return moments
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

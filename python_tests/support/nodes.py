@@ -5,9 +5,9 @@ import itertools
 import json
 from functools import partial
 
+import flower_task  # noqa: F401
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 
 from integration.compare import compare
@@ -16,9 +16,6 @@ from integration.flower.engine import FlowerEngine
 from integration.rounds.engine import LocalEngine
 from integration.rounds.rule import choose
 from integration.settings import from_preset
-
-for name in ("run_id", "node_id", "task_id"):  # what Flower sets in its own processes
-    setattr(TaskIdentity, f"_{name}", 1)
 
 
 def tiny(**changes):

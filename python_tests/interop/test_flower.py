@@ -1,0 +1,520 @@
+"""LoraStrategy: what flk.aggregate gives, through Flower's messages; who is lost, and why."""
+
+import json
+import logging
+import math
+import re
+
+import pytest
+import torch
+from federation import draw
+
+import fedlora_kernels as flk
+
+pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]>=1.41'")
+
+import flower_task  # noqa: F401
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import FedAdam, FedAvg
+
+from fedlora_kernels.interop import flower
+from fedlora_kernels.interop.flower import LoraStrategy, from_arrays, raw, to_arrays
+
+NODES = (11, 12, 13)
+UNEQUAL = {"ranks": (4, 2, 6), "alphas": (4, 8, 3)}
+RULES = {
+    "fedit": {},
+    "florist": {"energy": 0.8},
+    "flora_na": {},
+    "fedsa": {},
+    "flexlora": {},
+    "hetlora": {},
+    "ffa": {},
+}
+
+
+class Grid:
+    """Nodes that are asked and answer what a test says."""
+
+    def __init__(self, answer, nodes=NODES):
+        self.answer, self.nodes, self.sent = answer, nodes, []
+
+    def get_node_ids(self):
+        return list(self.nodes)
+
+    def send_and_receive(self, messages, timeout=None):
+        replies = []
+        for index, message in enumerate(messages):
+            message.metadata.__dict__["_message_id"] = str(index)
+            self.sent.append(message)
+            if message.metadata.message_type != "train":
+                continue
+            reply = self.answer(message)
+            if isinstance(reply, RecordDict):
+                reply = Message(reply, reply_to=message)
+            if reply is not None:
+                replies.append(reply)
+        return replies[::-1]  # replies come in any order
+
+
+def content(adapter, weight=1, **said):
+    records = {
+        "arrays": to_arrays(adapter.state_dict()),
+        "metrics": MetricRecord({"num-examples": weight, "train_loss": 0.5}),
+    }
+    if said:
+        records["said"] = ConfigRecord(said)
+    return RecordDict(records)
+
+
+def answers(round_, configs=True, change=None):
+    """Every client sends what was drawn for it, whatever it was sent."""
+
+    def answer(message):
+        k = NODES.index(message.metadata.dst_node_id)
+        adapter = round_.adapters[k]
+        said = {"adapter_config": json.dumps(adapter.config)} if configs else {}
+        reply = content(adapter, round_.weights[k], **said)
+        return change(k, reply, message) if change else reply
+
+    return answer
+
+
+def run(strategy, answer, initial, rounds=1, **more):
+    grid = Grid(answer)
+    result = strategy.start(grid, to_arrays(initial.state_dict()), num_rounds=rounds, **more)
+    return grid, result
+
+
+def strategy(rule, **more):
+    return LoraStrategy(rule=rule, fraction_evaluate=0.0, **more)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("ranks", ["equal", "unequal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_result_is_that_of_aggregate(rule, ranks, dtype):
+    if ranks == "unequal" and not flk.rules.find(rule).heterogeneous:
+        pytest.skip("refused: see test_unequal_ranks_leave_a_rule_that_cannot")
+    round_ = draw(dtype=dtype, common_a=rule == "ffa", **(UNEQUAL if ranks == "unequal" else {}))
+    expected = round_.aggregate(rule, **RULES[rule])
+    made = strategy(rule, rule_options=RULES[rule])
+    grid, result = run(made, answers(round_), round_.adapters[0], rounds=2)
+    assert not made.lost
+    assert_same(made.result.adapter.state_dict(), expected.adapter.state_dict())
+    for message in grid.sent[3:]:  # the second round: what each node receives, in its own rank
+        k = NODES.index(message.metadata.dst_node_id)
+        found = from_arrays(message.content.array_records["arrays"])
+        own = round_.adapters[k]
+        assert {key: x.shape for key, x in found.items()} == {
+            key: x.shape for key, x in own.state_dict().items()
+        }
+        wanted = expected.client_adapter(k).fit(own)
+        if ranks == "equal" or expected.delivery.differs:
+            for module in round_.modules:
+                received = flk.Adapter.from_state_dict(found, own.config)
+                close = 1e-5 if dtype == torch.float32 else 0.02
+                gap = received.delta(module) - wanted.delta(module)
+                assert gap.norm() <= close * (1 + wanted.delta(module).norm())
+    metrics = result.train_metrics_clientapp[2]
+    assert metrics["relative-error"] == expected.report.relative_error
+    assert metrics["svd-floor"] == expected.report.svd_floor
+    assert metrics["rank"] == expected.report.mean_rank
+    assert metrics["bytes-up"] == sum(expected.bytes_up)
+    assert metrics["bytes-down"] == sum(expected.bytes_down)
+    assert metrics["lost-nodes"] == []
+    assert metrics["train_loss"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("rule", ["fedit", "florist", "flora_na", "fedsa", "flexlora"])
+@pytest.mark.parametrize("alpha", [4, 12])
+def test_one_common_scaling_cancels(rule, alpha):
+    """Without any config: what returns is what a server that knows the config gives."""
+    round_ = draw(alphas=(alpha,) * 3)
+    found, _ = run(strategy(rule), answers(round_, configs=False), round_.adapters[0], 2)
+    known, _ = run(
+        strategy(rule, adapter_config=round_.adapters[0].config),
+        answers(round_, configs=False),
+        round_.adapters[0],
+        2,
+    )
+    pairs = [sorted(x.sent[3:], key=lambda m: m.metadata.dst_node_id) for x in (found, known)]
+    for one, other in zip(*pairs, strict=True):
+        one, other = (from_arrays(m.content.array_records["arrays"]) for m in (one, other))
+        one, other = (
+            flk.Adapter.from_state_dict(x, round_.adapters[0].config) for x in (one, other)
+        )
+        for module in round_.modules:
+            torch.testing.assert_close(one.delta(module), other.delta(module), rtol=1e-4, atol=1e-5)
+
+
+def test_a_config_may_say_no_more_than_rank_and_alpha():
+    round_ = draw(alphas=(4, 8, 16))
+
+    def short(k, reply, _):
+        alpha = (4, 8, 16)[k]
+        reply["said"] = ConfigRecord({"adapter_config": json.dumps({"r": 4, "lora_alpha": alpha})})
+        return reply
+
+    made = strategy("flexlora")
+    run(made, answers(round_, change=short), round_.adapters[0])
+    expected = round_.aggregate("flexlora")
+    for module in round_.modules:
+        torch.testing.assert_close(
+            made.result.adapter.delta(module), expected.adapter.delta(module)
+        )
+
+
+# ---- replies that cannot be used ---------------------------------------------------------------
+
+
+def with_tensor(change):
+    """The first tensor of client 1's reply goes through ``change``; None takes it away."""
+
+    def made(reply):
+        tensors = from_arrays(reply["arrays"])
+        first = sorted(tensors)[0]
+        new = change(tensors.pop(first))
+        if new is not None:
+            tensors[first] = new
+        reply["arrays"] = to_arrays(tensors)
+        return reply
+
+    return made
+
+
+def renamed(reply):
+    tensors = from_arrays(reply["arrays"])
+    tensors["other." + sorted(tensors)[0]] = tensors.pop(sorted(tensors)[0])
+    reply["arrays"] = to_arrays(tensors)
+    return reply
+
+
+def half(reply):
+    first = sorted(reply["arrays"])[0]
+    array = raw(torch.ones(4, 17))
+    reply["arrays"][first] = Array(array.dtype, array.shape, array.stype, array.data[:100])
+    return reply
+
+
+def half_of_numpy(reply):
+    first = sorted(reply["arrays"])[0]
+    array = reply["arrays"][first]
+    reply["arrays"][first] = Array(array.dtype, array.shape, array.stype, array.data[:100])
+    return reply
+
+
+def without(name):
+    def change(reply):
+        del reply[name]
+        return reply
+
+    return change
+
+
+def saying(text):
+    def change(reply):
+        reply["said"] = ConfigRecord({"adapter_config": text})
+        return reply
+
+    return change
+
+
+def weighing(value):
+    def change(reply):
+        reply["metrics"]["num-examples"] = value
+        return reply
+
+    return change
+
+
+BROKEN = {
+    "rank 1": (with_tensor(lambda x: x[:1]), r"lora_A\S+ is torch.float32 \[1, 17\], expected"),
+    "NaN": (with_tensor(lambda x: x.fill_(math.nan)), "holds NaN or infinite values"),
+    "Inf": (with_tensor(lambda x: x.fill_(math.inf)), "holds NaN or infinite values"),
+    "another name": (renamed, "its update lacks base_model"),
+    "one more": (with_tensor(lambda _: None), r"its update lacks \S+lora_A"),
+    "half of a raw tensor": (half, r"has 100 bytes; float32 of shape \[4, 17\] has 272"),
+    "half of a tensor": (half_of_numpy, "cannot be read from numpy.ndarray"),
+    "another dtype": (with_tensor(lambda x: x.double()), r"is torch.float64 \[4, 17\], expected"),
+    "integers": (with_tensor(lambda x: x.long()), "is torch.int64"),
+    "nothing": (lambda _: RecordDict(), "its reply has 0 ArrayRecords, expected one"),
+    "no tensors": (lambda reply: _emptied(reply), "it sends no tensors"),
+    "no arrays": (without("arrays"), "its reply has 0 ArrayRecords, expected one"),
+    "no metrics": (without("metrics"), "its reply's MetricRecord has no number 'num-examples'"),
+    "NaN examples": (weighing(math.nan), "its weight is nan, expected a finite number >= 0"),
+    "negative examples": (weighing(-1), "its weight is -1.0, expected"),
+    "a list of examples": (weighing([1, 2]), "has no number 'num-examples'"),
+    "no JSON": (saying("{"), "its adapter_config is not valid JSON"),
+    "no object": (saying("[1]"), "its adapter_config holds no JSON object"),
+    "another rank": (saying('{"r": 3, "lora_alpha": 3}'), "factors have rank 4"),
+    "no number": (saying('{"r": "x"}'), "r is 'x', expected a whole number"),
+    "no reply": (lambda _: None, "no reply within the time limit"),
+}
+
+
+def _emptied(reply):
+    reply["arrays"] = ArrayRecord({})
+    return reply
+
+
+@pytest.mark.parametrize(("break_", "said"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("rule", ["fedit", "flexlora"])
+def test_a_broken_reply_leaves_the_round_with_the_rest(rule, break_, said, caplog):
+    round_ = draw()
+    if said.startswith("lora_A") and rule == "flexlora":
+        said = "factors have rank|expected"  # any rank, but not another than its config says
+    broken = answers(round_, change=lambda k, reply, _: break_(reply) if k == 1 else reply)
+    made = strategy(rule)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        _, result = run(made, broken, round_.adapters[0], rounds=2)
+    metrics = result.train_metrics_clientapp[1]
+    assert metrics["lost-nodes"] == [12]
+    assert metrics["clients"] == 2
+    assert list(made.lost) == [12]
+    assert re.search(said, made.lost[12]), made.lost
+    assert "node 12 is not in the round: " in caplog.text
+    rest = [round_.adapters[k] for k in (0, 2)]
+    expected = flk.aggregate(rest, rule=rule, weights=[round_.weights[k] for k in (0, 2)])
+    assert_same(made.result.adapter.state_dict(), expected.adapter.state_dict())
+
+
+def test_an_error_leaves_the_round_with_the_rest():
+    round_ = draw()
+
+    def fails(k, reply, message):
+        return Message(Error(2, "out of\nmemory"), reply_to=message) if k == 2 else reply
+
+    made = strategy("florist")
+    run(made, answers(round_, change=fails), round_.adapters[0])
+    assert made.lost == {13: "its node reports: out of memory"}
+
+
+def test_a_reply_that_only_the_rule_refuses():
+    """FFA's clients share A; client 1 has trained its own."""
+    round_ = draw(common_a=True)
+    other = draw(seed=5).adapters[1]
+
+    def trained(k, reply, _):
+        return content(other, adapter_config=json.dumps(other.config)) if k == 1 else reply
+
+    made = strategy("ffa")
+    run(made, answers(round_, change=trained), round_.adapters[0])
+    assert list(made.lost) == [12]
+    assert "lora_A.weight differs from what it was sent; only B is trained" in made.lost[12]
+
+
+def test_unequal_ranks_leave_a_rule_that_cannot():
+    round_ = draw(ranks=(4, 2, 4))
+    made = strategy("fedit")
+    run(made, answers(round_), round_.adapters[0])
+    assert list(made.lost) == [12]
+    assert "is torch.float32 [2, 17], expected torch.float32 [4, 17]" in made.lost[12]
+
+
+def test_unequal_ranks_need_a_config():
+    round_ = draw(ranks=(4, 2, 4))
+    made = strategy("florist")
+    run(made, answers(round_, configs=False), round_.adapters[0])
+    assert list(made.lost) == [12]
+
+
+def test_a_client_without_config_beside_one_with():
+    round_ = draw()
+
+    def silent(k, reply, _):
+        return content(round_.adapters[2]) if k == 2 else reply
+
+    made = strategy("florist")
+    run(made, answers(round_, change=silent), round_.adapters[0])
+    assert made.lost[13].startswith("it sends no adapter_config, and node 11 sends one")
+
+
+def test_a_round_without_any_client_is_an_error():
+    round_ = draw()
+    made = strategy("florist")
+    with pytest.raises(AggregationError, match="round 1 has no client left: node 1"):
+        run(made, answers(round_, change=lambda *_: None), round_.adapters[0])
+    assert made.exchange.round == 0
+
+
+def test_a_strategy_is_called_directly():
+    """Nothing was sent: the layout that most replies have counts."""
+    round_ = draw()
+    replies = []
+    for k, node in enumerate(NODES):
+        asked = Message(RecordDict(), dst_node_id=node, message_type="train")
+        asked.metadata.__dict__["_message_id"] = str(k)
+        reply = content(round_.adapters[k], round_.weights[k])
+        replies.append(
+            Message(with_tensor(lambda x: x[:1])(reply) if k == 0 else reply, reply_to=asked)
+        )
+    made = LoraStrategy(rule="fedit")
+    arrays, metrics = made.aggregate_train(1, replies)
+    assert metrics["lost-nodes"] == [11]
+    assert set(arrays) == set(round_.adapters[0].state_dict())
+
+
+# ---- rules that send less, merge, or remember --------------------------------------------------
+
+
+def test_a_client_may_send_what_the_rule_needs():
+    """FedSA shares A: B need not travel, and does not come back."""
+    round_ = draw()
+
+    def only_a(k, reply, _):
+        tensors = {key: x for key, x in from_arrays(reply["arrays"]).items() if "lora_A" in key}
+        reply["arrays"] = to_arrays(tensors)
+        return reply
+
+    made = strategy("fedsa")
+    grid, _ = run(made, answers(round_, change=only_a), round_.adapters[0], rounds=2)
+    expected = round_.aggregate("fedsa").shared
+    for message in grid.sent[3:]:
+        assert_same(from_arrays(message.content.array_records["arrays"]), dict(expected))
+
+
+def test_rules_that_merge_need_clients_that_declare_it():
+    round_ = draw(**UNEQUAL)
+    with pytest.raises(AggregationError, match=r"flora merges its result .* must declare"):
+        run(strategy("flora"), answers(round_), round_.adapters[0])
+
+    def merging(k, reply, _):
+        reply["merging"] = ConfigRecord({"merges": True})
+        return reply
+
+    made = strategy("flora")
+    late = []
+
+    def once_late(k, reply, message):
+        """Client 2 misses the second round, and gets both updates in the third."""
+        number = message.content["config"]["server-round"]
+        late.append((k, number, sorted(message.content.array_records)))
+        return None if (k, number) == (2, 2) else merging(k, reply, message)
+
+    grid, _ = run(made, answers(round_, change=once_late), round_.adapters[0], rounds=4)
+    sent = {(k, number): names for k, number, names in late}
+    assert sent[0, 1] == ["arrays"]
+    assert sent[0, 2] == ["arrays", "merged/0"]
+    assert sent[0, 3] == ["arrays", "merged/1"]
+    assert sent[2, 3] == ["arrays", "merged/0", "merged/1"]
+    first = next(m for m in grid.sent[3:] if m.metadata.dst_node_id == 12)
+    update = flower.read_adapter(first.content, "merged/0")
+    expected = round_.aggregate("flora").adapter
+    assert_same(update.state_dict(), expected.state_dict())
+    start = from_arrays(first.content.array_records["arrays"])
+    assert all(not x.any() for key, x in start.items() if "lora_B" in key)
+
+
+def test_rounds_tell_what_to_train():
+    round_ = draw(common_a=True)
+    grid, _ = run(strategy("rolora"), answers(round_), round_.adapters[0], rounds=2)
+    assert [m.content["config"]["trains"] for m in grid.sent] == ["b"] * 3 + ["a"] * 3
+
+
+def test_a_node_that_sat_out_gets_the_last_result():
+    round_ = draw(**UNEQUAL)
+    made = strategy("flexlora", min_train_nodes=1, min_available_nodes=3)
+    run(made, answers(round_), round_.adapters[0])
+    known = made.exchange.start(12).tensors
+    assert {k: x.shape for k, x in known.items()} == {
+        k: x.shape for k, x in round_.adapters[1].state_dict().items()
+    }
+
+
+# ---- going on ----------------------------------------------------------------------------------
+
+
+def moving(round_):
+    """Clients that depend on what they are sent: half of it, half of their own."""
+
+    def change(k, reply, message):
+        sent = from_arrays(message.content.array_records["arrays"])
+        own = from_arrays(reply["arrays"])
+        mixed = {
+            key: (x + sent[key]) / 2 if sent[key].shape == x.shape else x for key, x in own.items()
+        }
+        reply["arrays"] = to_arrays(mixed)
+        reply["merging"] = ConfigRecord({"merges": True})
+        return reply
+
+    return answers(round_, change=change)
+
+
+@pytest.mark.parametrize(
+    "rule", ["florist", "flexlora", "fedsa", "flora", "eclora", "fedrot", "fedmomentum"]
+)
+def test_a_restarted_server_goes_on_with_the_same_bits(rule, tmp_path):
+    options = {"momentum": 0.5} if rule == "fedmomentum" else {}
+    round_ = draw(**(UNEQUAL if flk.rules.find(rule).heterogeneous else {}))
+    whole = strategy(rule, rule_options=options)
+    _, unbroken = run(whole, moving(round_), round_.adapters[0], rounds=3)
+    file = tmp_path / "kept" / "state.pt"
+    run(strategy(rule, rule_options=options, state=file), moving(round_), round_.adapters[0], 2)
+    seen = []
+    made = strategy(rule, rule_options=options, state=file)
+    _, result = run(
+        made,
+        moving(round_),
+        round_.adapters[0],
+        3,
+        evaluate_fn=lambda number, _: seen.append(number),
+    )
+    assert seen == [2, 3]
+    assert list(result.train_metrics_clientapp) == [3]
+    assert_same(from_arrays(result.arrays), from_arrays(unbroken.arrays))
+    assert_same(made.result.adapter.state_dict(), whole.result.adapter.state_dict())
+    _, again = run(strategy(rule, rule_options=options, state=file), None, round_.adapters[0], 3)
+    assert_same(from_arrays(again.arrays), from_arrays(unbroken.arrays))
+
+
+def test_a_state_of_another_rule_or_damaged_is_refused(tmp_path):
+    round_ = draw()
+    file = tmp_path / "state.pt"
+    run(strategy("florist", state=file), answers(round_), round_.adapters[0])
+    with pytest.raises(
+        flk.AdapterError, match="is of rule 'florist' in format 1, expected 'fedit'"
+    ):
+        strategy("fedit", state=file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(flk.AdapterError, match=r"cannot be read .*; move it away to begin anew"):
+        strategy("florist", state=file)
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+def test_fedavgs_arguments_are_taken():
+    made = LoraStrategy(fraction_train=0.5, weighted_by_key="steps", arrayrecord_key="x")
+    assert isinstance(made, FedAvg)
+    assert (made.fraction_train, made.weighted_by_key, made.arrayrecord_key) == (0.5, "steps", "x")
+    assert made.exchange.rule == flk.rules.FLoRIST()
+
+
+def test_what_is_not_supported_is_named():
+    with pytest.raises(TypeError, match=r"no argument 'server_momentum'.*FedAdam, FedAvgM"):
+        LoraStrategy(server_momentum=0.9)
+    with pytest.raises(TypeError, match=r"rule must be a rule or the name of one, found 0.5"):
+        LoraStrategy(0.5)
+    with pytest.raises(ValueError, match="unknown rule 'best'"):
+        LoraStrategy("best")
+    with pytest.raises(TypeError, match="mixes LoraStrategy with FedAdam"):
+        type("Mixed", (LoraStrategy, FedAdam), {})
+    type("Mine", (LoraStrategy,), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tensors_travel_bit_for_bit(dtype):
+    bits = torch.randint(-128, 128, (7, 5, dtype.itemsize), dtype=torch.int8)
+    tensors = {"any": bits.view(dtype).squeeze(-1), "turned": torch.randn(6, 4).to(dtype).T}
+    for name, found in from_arrays(to_arrays(tensors)).items():
+        sent = tensors[name].contiguous().reshape(-1).view(torch.uint8)
+        assert found.dtype == dtype
+        assert torch.equal(found.reshape(-1).view(torch.uint8), sent)
