@@ -97,12 +97,18 @@ def assert_same(found, expected):
         assert torch.equal(found[key], tensor), key
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("ranks", ["equal", "unequal"])
+ADMITTED = [
+    (rule, ranks)
+    for rule in RULES
+    for ranks in ("equal", "unequal")
+    if ranks == "equal" or flk.rules.find(rule).heterogeneous
+]
+"""The others are refused: test_unequal_ranks_leave_a_rule_that_cannot."""
+
+
+@pytest.mark.parametrize(("rule", "ranks"), ADMITTED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_result_is_that_of_aggregate(rule, ranks, dtype):
-    if ranks == "unequal" and not flk.rules.find(rule).heterogeneous:
-        pytest.skip("refused: see test_unequal_ranks_leave_a_rule_that_cannot")
     round_ = draw(dtype=dtype, common_a=rule == "ffa", **(UNEQUAL if ranks == "unequal" else {}))
     expected = round_.aggregate(rule, **RULES[rule])
     made = strategy(rule, rule_options=RULES[rule])
