@@ -281,10 +281,8 @@ class Exchange:
         back = list(self._delivery.returned(self._delivery.adapter))
         templates = {_signature(own): own for own in self._own.values()}
         if not self._differs:
-            renewed = {
-                _signature(adapter): adapter for adapter in reversed(list(adapters.values()))
-            }
-            templates |= renewed
+            for client, adapter in reversed(list(adapters.items())):
+                templates[_signature(adapter)] = self._template(client, adapter)
             self._own = {client: templates[_signature(own)] for client, own in self._own.items()}
         for client, adapter in adapters.items():
             self._own[client] = adapter if self._differs else templates[_signature(adapter)]
@@ -299,6 +297,15 @@ class Exchange:
             self.arrays |= {key: beside[key] for key in self.arrays if key in beside}
         if self._path is not None:
             _write(self._path, self._saved())
+
+    def _template(self, client: Client, adapter: Adapter) -> Adapter:
+        """What the next start is fitted to: ranks above the result's keep the rows of A that the
+        client was sent, so that they do not depend on which client is the first.
+        """
+        tensors = {**adapter.state_dict(), **self._started.get(client, {})}
+        if difference(tensors, adapter.state_dict()) is not None:  # it was sent another rank
+            return adapter
+        return Adapter.from_state_dict(tensors, adapter.config)
 
     @property
     def _differs(self) -> bool:

@@ -1,13 +1,13 @@
 """Flower's own processes on this machine: its simulation, and a deployment of two nodes."""
 
 import json
-import subprocess
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 import torch
+from flower_processes import deploy
 from safetensors.torch import load_file
 
 from integration.__main__ import main
@@ -60,47 +60,6 @@ def test_a_simulation_gives_the_adapter_of_the_local_engine(local, tmp_path):
     assert [entry["clients"] for entry in found] == [[0, 1], [0, 1]]
     assert all(entry["transfer_ms"] > 0 for entry in found)
     assert (tmp_path / "report.html").is_file()
-
-
-@contextmanager
-def started(log, program, *flags):
-    """One of Flower's programs, ended with the block."""
-    command = [launch._program(program), "--insecure", *flags]
-    home = log.parent
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, env=launch._environment(home), stdout=file, stderr=subprocess.STDOUT
-        )
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def deploy(stack, folder, clients):
-    """A SuperLink and a SuperNode per client; the address and the nodes' processes."""
-    port = launch._free_port()
-    link = started(
-        folder / "link.log",
-        "flower-superlink",
-        "--disable-runtime-dependency-installation",
-        *("--host", "127.0.0.1", "--port", str(port)),
-    )
-    launch._wait_for(stack.enter_context(link), port, folder / "link.log")
-    nodes = [
-        stack.enter_context(
-            started(
-                folder / f"node-{number}.log",
-                "flower-supernode",
-                *("--superlink", f"127.0.0.1:{port}"),
-                *("--host", "127.0.0.1", "--port", str(launch._free_port())),
-                *("--node-config", f"partition-id={number}"),
-            )
-        )
-        for number in range(clients)
-    ]
-    return f"127.0.0.1:{port}", nodes
 
 
 @pytest.mark.slow

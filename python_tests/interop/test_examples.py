@@ -1,0 +1,86 @@
+"""Every example runs, and gives what the library gives."""
+
+import json
+import runpy
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedlora_kernels as flk
+
+EXAMPLES = Path(flk.__file__).parents[1] / "examples"
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_peft_folders(sites, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "peft_folders.py", tmp_path / "global", *sites)
+    found = flk.Adapter.load(tmp_path / "global")
+    clients = [flk.Adapter.load(site) for site in sites]
+    expected = flk.aggregate(clients, rule="florist", energy=0.9)
+    said = capsys.readouterr().out
+    for module, row in expected.report.items():
+        assert torch.equal(found.factors[module].b, expected.adapter.factors[module].b)
+        assert f"{module}: rank {row.rank}, relative error " in said
+
+
+def test_live_peft_model(monkeypatch, capsys):
+    model = run(monkeypatch, "live_peft_model.py")["model"]
+    assert list(model.peft_config) == ["berlin", "rome", "mixed"]
+    assert capsys.readouterr().out.startswith("mixed: ")
+
+
+# ---- Flower ------------------------------------------------------------------------------------
+
+
+def expected_of_flower():
+    """The same two rounds in this process, without Flower."""
+    from flowertune.task import get_model, train
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    arrays = get_peft_model_state_dict(get_model())
+    arrays = {key: tensor.clone() for key, tensor in arrays.items()}
+    for _ in range(2):
+        clients, weights = [], []
+        for client in range(2):
+            model = get_model()
+            set_peft_model_state_dict(model, arrays)
+            weights.append(train(model, client, 4, 0.01)[1])
+            clients.append(flk.Adapter.from_model(model))
+        result = flk.aggregate(clients, rule="florist", weights=weights)
+        sent = flk.Adapter.from_state_dict(arrays, clients[0].config)
+        arrays = result.adapter.fit(sent).state_dict()
+    return arrays
+
+
+def assert_near(folder, expected):
+    found = flk.Adapter.load(folder)
+    config = found.config
+    expected = flk.Adapter.from_state_dict(expected, config)
+    for module in expected.factors:
+        wanted = expected.delta(module)
+        assert wanted.norm() > 0
+        assert (found.delta(module) - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    "where", ["simulation", pytest.param("deployment", marks=pytest.mark.slow)]
+)
+def test_flower(where, tmp_path, monkeypatch):
+    """The nodes' order is Flower's, so sums may be rounded differently."""
+    pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]>=1.41'")
+    from flower_processes import deploy
+    from flower_processes import run as flwr_run
+
+    monkeypatch.syspath_prepend(str(EXAMPLES / "flower"))
+    values = {"out": json.dumps(str(tmp_path / "global"))}
+    with ExitStack() as stack:
+        link = deploy(stack, tmp_path, 2)[0] if where == "deployment" else None
+        flwr_run(EXAMPLES / "flower", tmp_path, values, superlink=link)
+    assert_near(tmp_path / "global", expected_of_flower())
