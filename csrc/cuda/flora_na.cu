@@ -2,8 +2,8 @@
 #include <algorithm>
 
 #include "flora_na.h"
-#include "gram.h"
-#include "surrogate.h"
+#include "gram/gram.h"
+#include "surrogate/surrogate.h"
 #include "weighted_sum.h"
 #include "workspace.h"
 

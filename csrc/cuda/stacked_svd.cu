@@ -6,9 +6,9 @@
 #include <limits>
 
 #include "combine.h"
-#include "gram.h"
+#include "gram/gram.h"
 #include "rank.h"
-#include "spectrum.h"
+#include "spectrum/spectrum.h"
 #include "stacked_svd.h"
 #include "workspace.h"
 

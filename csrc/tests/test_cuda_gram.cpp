@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/gram.h"
+#include "cuda/gram/gram.h"
 #include "cuda_side.h"
 
 namespace fedlora::tests {

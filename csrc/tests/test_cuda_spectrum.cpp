@@ -7,7 +7,7 @@
 #include <string>
 
 #include "core/lapack.h"
-#include "cuda/spectrum.h"
+#include "cuda/spectrum/spectrum.h"
 #include "emulator/emulator.h"
 #include "matrices.h"
 

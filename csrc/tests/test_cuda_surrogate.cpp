@@ -6,7 +6,7 @@
 #include <limits>
 #include <string>
 
-#include "cuda/surrogate.h"
+#include "cuda/surrogate/surrogate.h"
 #include "emulator/emulator.h"
 #include "matrices.h"
 

@@ -23,10 +23,13 @@ from elf import DT_NEEDED, Elf
 from benchmarks import on_gpu
 
 SOURCES = Path(__file__).parents[2] / "csrc"
-KERNELS = sorted((SOURCES / "cuda").glob("*.cu"))
+KERNELS = [
+    path.relative_to(SOURCES / "cuda").as_posix()
+    for path in sorted((SOURCES / "cuda").rglob("*.cu"))
+]
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++20", "--expt-relaxed-constexpr", "-O3", "-Werror=all-warnings", "-Xptxas=-v")
-CASES = [(kernel.name, architecture) for kernel in KERNELS for architecture in ARCHITECTURES]
+CASES = [(kernel, architecture) for kernel in KERNELS for architecture in ARCHITECTURES]
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on the PATH")
 
@@ -45,8 +48,9 @@ def digest() -> str:
     """Of everything that a kernel's code depends on."""
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
     content = hashlib.sha256((version.stdout + " ".join(FLAGS)).encode())
-    for path in sorted([*SOURCES.glob("cuda/*"), *SOURCES.glob("core/*.h")]):
-        content.update(path.name.encode())
+    sources = [path for path in SOURCES.glob("cuda/**/*") if path.is_file()]
+    for path in sorted([*sources, *SOURCES.glob("core/*.h")]):
+        content.update(path.relative_to(SOURCES).as_posix().encode())
         content.update(path.read_bytes())
     return content.hexdigest()[:16]
 
@@ -54,7 +58,7 @@ def digest() -> str:
 def compiled(folder: Path, case: tuple[str, str]) -> str:
     """nvcc's words on one file for one architecture; raises where it refuses."""
     name, architecture = case
-    log = folder / f"{name}.{architecture}.log"
+    log = folder / f"{name.replace('/', '-')}.{architecture}.log"
     if not log.exists():
         target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
         with tempfile.TemporaryDirectory() as scratch:
@@ -112,12 +116,12 @@ def test_compiles_without_spills(case: tuple[str, str], logs: dict[tuple[str, st
 def test_every_stage_has_kernels(logs: dict[tuple[str, str], str]) -> None:
     """The reader of logs does read them: known kernels are found on every architecture."""
     for architecture in ARCHITECTURES:
-        for stage, kernel, count in (
-            ("gram", "gram_tiles", 14),  # 4 types, 2 layouts, fast for 3 of the types
-            ("combine", "combine_tiles", 16),  # 4 types, 2 layouts, 2 widths
-            ("weighted_sum", "sum_units", 4),
+        for source, kernel, count in (
+            ("gram/gram.cu", "gram_tiles", 14),  # 4 types, 2 layouts, fast for 3 of the types
+            ("combine.cu", "combine_tiles", 16),  # 4 types, 2 layouts, 2 widths
+            ("weighted_sum.cu", "sum_units", 4),
         ):
-            names = [found.name for found in kernels_of(logs[f"{stage}.cu", architecture])]
+            names = [found.name for found in kernels_of(logs[source, architecture])]
             assert sum(kernel in name for name in names) == count
 
 

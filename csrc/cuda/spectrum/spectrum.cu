@@ -13,11 +13,11 @@
 #include <algorithm>
 #include <limits>
 
-#include "cholesky.cuh"
-#include "eigensolver.h"
+#include "coefficients.h"
+#include "cuda/cholesky.cuh"
+#include "cuda/eigensolver/eigensolver.h"
+#include "product.h"
 #include "spectrum.h"
-#include "spectrum_coefficients.h"
-#include "spectrum_product.h"
 
 namespace fedlora::cuda {
 namespace {

@@ -11,9 +11,9 @@
 #include <algorithm>
 #include <limits>
 
+#include "coefficients.h"
+#include "product.h"
 #include "spectrum.h"
-#include "spectrum_coefficients.h"
-#include "spectrum_product.h"
 
 namespace fedlora::cuda {
 namespace {

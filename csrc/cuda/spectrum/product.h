@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace fedlora::cuda {
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace fedlora::cuda {
 

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace fedlora::cuda::vendor {
 

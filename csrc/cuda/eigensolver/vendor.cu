@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "eigensolver_vendor.h"
+#include "vendor.h"
 
 #ifdef __CUDACC__
 #include <dlfcn.h>

@@ -6,7 +6,7 @@
 // clock 0.13 ms a sweep for n = 128, where the 7 n^3 flops take 0.06 ms of a multiprocessor.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace fedlora::cuda {
 

@@ -10,8 +10,8 @@
 
 #include <limits>
 
-#include "cholesky.cuh"
-#include "surrogate_problem.h"
+#include "cuda/cholesky.cuh"
+#include "problem.h"
 
 namespace fedlora::cuda {
 

@@ -16,9 +16,9 @@
 //            that 4 blocks fit an SM of 227 KB and 3 one of 163 KB. Registers: 32 float64 sums are
 //            64 of them, 16 + 4 widened operands 40; with fragments and addresses under 220, so
 //            that 2 blocks fit.
-#include "factors.cuh"
+#include "cuda/factors.cuh"
 #include "gram.h"
-#include "gram_products.cuh"
+#include "products.cuh"
 
 namespace fedlora::cuda {
 namespace {

@@ -1,14 +1,14 @@
-// Formula: core/surrogate.h. Four launches: the packed Grams, M (both surrogate_problem.h), every
+// Formula: core/surrogate.h. Four launches: the packed Grams, M (both problem.h), every
 // sweep of both starts, a block of threads each, and the better of the two.
 //
 // Layout     packed Grams [pairs, entries] per module; S and its steps [entries]; all else as in
 //            core/surrogate.h.
 // Precision  float64; sums in one fixed order.
-// Shared     surrogate_plan.h: all of it for K = 10, r = 16 (131 KB, 120 of them the packed Grams);
+// Shared     plan.h: all of it for K = 10, r = 16 (131 KB, 120 of them the packed Grams);
 //            the packed Grams stay in global memory (L2) from K = 14, r = 16 on.
+#include "descent.cuh"
+#include "problem.h"
 #include "surrogate.h"
-#include "surrogate_descent.cuh"
-#include "surrogate_problem.h"
 
 namespace fedlora::cuda {
 namespace {

@@ -1,4 +1,4 @@
-// Formula: jacobi.cuh; a round-robin tournament in one block, or in a cluster of blocks.
+// Formula: rotations.cuh; a round-robin tournament in one block, or in a cluster of blocks.
 //
 // Layout     a cluster's columns lie in 2C halves of w, two in each block's shared memory. A sweep
 //            takes all pairs within a block, then 2C - 2 times the halves move on by one place of a
@@ -11,9 +11,9 @@
 //            236 for two blocks, 336 for four, 472 for eight.
 #include <limits>
 
-#include "cholesky.cuh"
-#include "eigensolver_jacobi.h"
-#include "jacobi.cuh"
+#include "cuda/cholesky.cuh"
+#include "jacobi.h"
+#include "rotations.cuh"
 
 namespace fedlora::cuda {
 namespace {

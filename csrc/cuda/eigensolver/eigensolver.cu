@@ -8,10 +8,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "cholesky.cuh"
+#include "cuda/cholesky.cuh"
 #include "eigensolver.h"
-#include "eigensolver_jacobi.h"
-#include "eigensolver_vendor.h"
+#include "jacobi.h"
+#include "vendor.h"
 
 namespace fedlora::cuda {
 namespace {

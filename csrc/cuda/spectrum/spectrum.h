@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace fedlora::cuda {
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "core/surrogate.h"
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace fedlora::cuda {
 

@@ -1,11 +1,11 @@
-// Formula: spectrum_product.h.
+// Formula: product.h.
 //
 // Layout     a block computes a tile of 64 x 64 with 256 threads, 4 x 4 numbers each, from slices
 //            of depth 16 in shared memory; threads read along whichever index is contiguous.
 // Precision  float64, one chain of fused multiply-adds per number.
 // Shared     2 slices of 16 x 68 numbers, 17 KB (68: the four rows of a thread's column start in
 //            different banks).
-#include "spectrum_product.h"
+#include "product.h"
 
 namespace fedlora::cuda {
 namespace {

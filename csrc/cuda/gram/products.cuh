@@ -2,7 +2,7 @@
 // float64 or fast in float32. Thread sums c[i][j] are the m16n8 tiles of mma.cuh, 2 by 4 of them.
 #pragma once
 
-#include "factors.cuh"
+#include "cuda/factors.cuh"
 
 namespace fedlora::cuda {
 

@@ -4,10 +4,10 @@
 
 #include <cstdint>
 
-#include "device.cuh"
-#include "surrogate_plan.h"
-#include "surrogate_problem.h"
-#include "surrogate_solve.cuh"
+#include "cuda/device.cuh"
+#include "plan.h"
+#include "problem.h"
+#include "solve.cuh"
 
 namespace fedlora::cuda {
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cholesky.cuh"
-#include "device.cuh"
+#include "cuda/cholesky.cuh"
+#include "cuda/device.cuh"
 
 namespace fedlora::cuda {
 

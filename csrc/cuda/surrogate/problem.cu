@@ -5,7 +5,7 @@
 //            and tile of 16 x 16 clients, a thread per number, the inner index in slices of 32.
 // Precision  float64.
 // Shared     cross: two slices of 32 x 17 numbers, 9 KB.
-#include "surrogate_problem.h"
+#include "problem.h"
 
 namespace fedlora::cuda {
 namespace {

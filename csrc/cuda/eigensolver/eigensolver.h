@@ -15,7 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace fedlora::cuda {
 

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "factors.h"
+#include "cuda/factors.h"
 
 namespace fedlora::cuda {
 
