@@ -18,8 +18,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from fedlora_kernels._inspect import Inspection
 
 # Okabe and Ito's colors, told apart with every common color blindness; yellow is left out,
-# which is too faint for a line on white. A second round of them is dashed.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# which is too faint for a line on white. All figures of the project take them from here.
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY, ORANGE, BLACK = "#56B4E9", "#E69F00", "#000000"
+
+# A second round of them is dashed.
+_COLORS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK)
 _STYLES = ("-", "--", ":", "-.")
 _GRAY = "#666666"
 # Numbers in the cells are legible up to here; beyond, the colors speak alone.

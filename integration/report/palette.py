@@ -1,15 +1,28 @@
 """Colors and style of all figures and pages, those of benchmarks/ too.
 
-The colors of lines are Okabe and Ito's, which every kind of color vision separates.
+The colors of lines are those of ``fedlora inspect --plot``, which every kind of color vision
+separates.
 """
 
 from __future__ import annotations
 
-BLUE = "#0072B2"
-VERMILION = "#D55E00"
-GREEN = "#009E73"
-ORANGE = "#E69F00"
-PURPLE = "#CC79A7"
+from fedlora_kernels.plot import BLUE, GREEN, ORANGE, PURPLE, VERMILION
+
+__all__ = [
+    "BLUE",
+    "EDGE",
+    "GRAY",
+    "GREEN",
+    "GRID",
+    "HIGHLIGHT",
+    "INK",
+    "MUTED",
+    "ORANGE",
+    "PURPLE",
+    "STYLE",
+    "TEXT",
+    "VERMILION",
+]
 
 INK = "#24292F"
 """Text, and lines that are no series."""
