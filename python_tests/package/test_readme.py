@@ -76,11 +76,18 @@ def test_it_is_short() -> None:
     assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_links_and_targets_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_files_and_targets_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+)", text):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+    for file in re.findall(
+        r"`((?:csrc|fedlora_kernels|python_tests|benchmarks|docs)/[\w/.]+)`", text
+    ):
+        assert (ROOT / file).exists(), file
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make ([\w-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
