@@ -37,6 +37,15 @@ PARAMETERS = {  # as the models' cards and `num_parameters` of the loaded models
 }
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_has_every_presets_ranks(name):
+    page = (PRESETS.parents[1] / "docs" / "presets.md").read_text()
+    (cell,) = re.findall(rf"^\| `{re.escape(name)}` \|.*\| ([^|]*) \|$", page, re.MULTILINE)
+    groups = [(int(count), int(rank)) for count, rank in re.findall(r"(\d+) x (\d+)", cell)]
+    ranks = sorted(rank for count, rank in groups for _ in range(count))
+    assert ranks == sorted(from_preset(name).ranks)
+
+
 def test_every_preset_of_the_issue_is_there():
     assert sorted(PARAMETERS) == NAMES
 
