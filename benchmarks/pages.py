@@ -106,10 +106,14 @@ def tables(suites: Suites, figures: Sequence[str]) -> str:
 FIGURES = {
     "speedups": "How many times as long the two peers of FLoRIST's decomposition take, in both "
     "precisions:",
-    "growth": "How the time and the peak memory grow with one size, the others fixed. `~ x^1.5` "
-    "is the fitted power of that size. From the dotted line on, the spectrum takes longer than the "
-    "Gram pass; the stacked rank R of that point stands beside it:",
-    "floors": "Share of the floor that every stage reaches on every input, beside the best peer:",
+    "growth": "How time (above) and memory (below) grow with one size, the others fixed: the "
+    "number K of clients, their rank r, a module's m or n, and the number L of modules. "
+    "`~ K^1.6` says that the time grows with this power of K. From the dotted line on, `spectrum` "
+    "takes longer than `gram`; the stacked rank R of that point stands beside it. The memory is "
+    "the peak of `stacked_svd` beyond its inputs and outputs; the dashed line is the inputs' size:",
+    "floors": "Share of the floor that every stage reaches on every input, beside the best peer. "
+    "The brackets in the legend say what the two marks are where a stage has no exact and fast "
+    "variant:",
 }
 """Figure -> the sentence above it."""
 

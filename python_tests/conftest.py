@@ -29,7 +29,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest) -> str:
-    """The backend that serves this process; part of the id of the operators' tests."""
+    """The backend that this process uses; part of the id of the operators' tests."""
     return str(getattr(request, "param", flk.backend()))
 
 

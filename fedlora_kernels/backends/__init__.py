@@ -1,10 +1,10 @@
 """The backends: which implementations of the operators there are, and which one is in use.
 
-One backend serves a process, because a second registration for a dispatch key silently replaces the
+A process uses one backend, because a second registration for a dispatch key silently replaces the
 first. It is chosen once, when the operators are registered or :func:`backend` is first called:
-the one that ``FEDLORA_BACKEND`` names, else the best that can be used. A backend serves the tensors
-of its device and ``composed`` those of any other; where ``cuda`` or ``triton`` serves the GPU, the
-``cpu`` library serves the tensors on the CPU, if it is there.
+the one that ``FEDLORA_BACKEND`` names, else the best that can be used. A backend handles the
+tensors on its device, and ``composed`` those on any other. Where ``cuda`` or ``triton`` handles the
+GPU, the ``cpu`` library handles the tensors on the CPU, if it is there.
 
 A new backend is one file here and one row of the table below.
 """
@@ -55,10 +55,10 @@ def ordered() -> tuple[Backend, ...]:
 
 
 def backend() -> str:
-    """Name of the backend in use: the one ``FEDLORA_BACKEND`` names, else the best that serves.
+    """Name of the backend in use: the one that ``FEDLORA_BACKEND`` names, else the best.
 
     Raises:
-        RuntimeError: the variable names a backend that cannot serve, or none of them.
+        RuntimeError: the variable names a backend that cannot be used or is not known.
     """
     return _chosen().name
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 class Backend:
     """One implementation of the operators.
 
-    A subclass says in :meth:`look` whether it can serve, and in :meth:`activate` which operators it
-    implements for which of torch's dispatch keys. Its module must be importable without torch.
+    A subclass says in :meth:`look` whether it can be used, and in :meth:`activate` which operators
+    it implements for which of torch's dispatch keys. Its module must be importable without torch.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""`fedlora doctor`: what this machine offers, which backend serves, and whether it adds up."""
+"""`fedlora doctor`: the installation, the backend in use, and whether its results are right."""
 
 import os
 import platform
@@ -27,15 +27,15 @@ def doctor() -> None:
     console.print(facts)
     console.print()
 
-    table = screen.table("backend", "serves", "why", title="Backends, best first")
+    table = screen.table("backend", "usable", "why", title="Backends, best first")
     try:
         active = backend()
-    except RuntimeError as error:  # FEDLORA_BACKEND names one that cannot serve
+    except RuntimeError as error:  # FEDLORA_BACKEND names one that cannot be used
         active = ""
         console.print(Text(str(error)), soft_wrap=True)
     for candidate in ordered():
-        serves = "active" if candidate.name == active else "yes" if candidate.serves else "no"
-        table.add_row(Text(candidate.name), serves, Text(candidate.reason))
+        usable = "active" if candidate.name == active else "yes" if candidate.serves else "no"
+        table.add_row(Text(candidate.name), usable, Text(candidate.reason))
     screen.show(console, table)
 
     if not _has_torch():

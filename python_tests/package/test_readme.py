@@ -62,7 +62,9 @@ def test_the_page_of_the_rules_has_every_rule_in_each_table() -> None:
 
 
 def test_operators_and_backends_are_there() -> None:
-    table = README[README.index("| `torch.ops.fedlora.*`") : README.index("`*_list` variants")]
+    table = README[
+        README.index("| `torch.ops.fedlora.*`") : README.index("Variants named `*_list`")
+    ]
     names = set(re.findall(r"`(\w+)`", table))
     assert names
     assert all(hasattr(torch.ops.fedlora, name) and hasattr(flk.ops, name) for name in names)

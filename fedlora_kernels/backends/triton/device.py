@@ -34,7 +34,7 @@ def name(device: torch.device) -> str:
         if capability < _CAPABILITY:
             raise RuntimeError(
                 f"triton needs sm_80, found sm_{capability[0]}{capability[1]}; "
-                "FEDLORA_BACKEND=composed serves it"
+                "set FEDLORA_BACKEND=composed"
             )
     properties = torch.get_device_module(device).get_device_properties(device)
     return str(properties.name).replace(" ", "_").replace("/", "_")

@@ -35,7 +35,7 @@ def release() -> tuple[int, int]:
 
 
 def dispatch_keys() -> tuple[str, ...]:
-    """The devices these kernels serve, as torch's dispatch keys; ROCm goes by the name CUDA too."""
+    """The devices that these kernels run on, as torch's dispatch keys; CUDA stands for ROCm too."""
     return ("CPU",) if interpreted() else ("CUDA", "XPU")
 
 
