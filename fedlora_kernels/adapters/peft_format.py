@@ -6,6 +6,7 @@ layers' ``scaling``) so that an adapter reloads with exactly the update it had.
 
 import math
 import re
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -102,7 +103,7 @@ def malformed(config: Config) -> str | None:
     if not _is_rank(rank):
         return f"r is {rank!r}, expected a whole number of at least 1"
     if config["peft_type"] == "LORA" and not _is_alpha(alpha):
-        return f"lora_alpha is {alpha!r}, expected a finite number"
+        return f"lora_alpha is {reprlib.repr(alpha)}, expected a finite number"
     heads = config.get("modules_to_save") or []
     if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
         return f"modules_to_save is {heads!r}, expected a list of names"
