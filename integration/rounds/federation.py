@@ -24,6 +24,7 @@ class Federation:
     model: Model
     train: Tokens
     test: Tokens
+    validation: Tokens
     clients: tuple[Client, ...]
 
     @classmethod
@@ -34,13 +35,34 @@ class Federation:
         model.make_head(model.tokens(task.shared, settings.max_tokens))
         train = model.tokens(task.train, settings.max_tokens)
         test = model.tokens(task.test, settings.max_tokens)
-        return cls(settings, task, model, train, test, _clients(settings, train, test))
+        validation = model.tokens(task.validation, settings.max_tokens)
+        clients = _clients(settings, train, test)
+        return cls(settings, task, model, train, test, validation, clients)
 
     def with_seed(self, seed: int) -> Federation:
         """The same task and model, dealt and trained by another seed."""
         settings = replace(self.settings, seed=seed)
         clients = _clients(settings, self.train, self.test)
         return replace(self, settings=settings, clients=clients)
+
+    def at(self, learning_rate: float) -> Federation:
+        """The same, trained at another learning rate."""
+        return replace(self, settings=replace(self.settings, learning_rate=learning_rate))
+
+    def trial(self, learning_rate: float) -> Federation:
+        """The same at another learning rate, evaluated once, by its loss on the validation split.
+
+        Nothing is generated, and the clients have no tests of their own.
+        """
+        settings = replace(
+            self.settings,
+            learning_rate=learning_rate,
+            evaluate_every=self.settings.rounds,
+            client_test_size=0,
+        )
+        task, test = replace(self.task, right=None), self.validation
+        clients = tuple(replace(client, tests=[]) for client in self.clients)
+        return replace(self, settings=settings, task=task, test=test, clients=clients)
 
     def evaluate(self, *adapters: flk.Adapter, client: Client | None = None) -> Score:
         """The score of these adapters on the test split, or on the client's own test examples."""
