@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -48,7 +49,10 @@ def compare(
     console.print(f"making task {settings.task}, loading {named}")
     federation = Federation.build(settings)
     start = federation.evaluate()
-    records.write_settings(out, settings, start)  # from here on the run can be resumed
+    write_settings = partial(
+        records.write_settings, out, settings, start, questions=federation.questions(start)
+    )
+    write_settings()  # from here on the run can be resumed
     sizes = [len(client.positions) for client in federation.clients]
     dealt = ", ".join(map(str, sizes)) if len(sizes) <= 16 else f"{min(sizes)} to {max(sizes)} each"
     console.print(
@@ -59,10 +63,10 @@ def compare(
     with Live(settings, rules, out, console) as live:
         rates = tune(federation, rules, trainer, engine, live, out)
         chosen = rates if settings.learning_rates else None
-        records.write_settings(out, settings, start, chosen)
+        write_settings(rates=chosen)
         if chosen:
-            told = ", ".join(f"{rule} {rate:g}" for rule, rate in chosen.items())
-            console.print(f"learning rates: {told}")
+            pairs = ", ".join(f"{rule} {rate:g}" for rule, rate in chosen.items())
+            console.print(f"learning rates: {pairs}")
         rounds: list[RoundRecord] = []
         for more in _runs(federation, rules, rates, trainer, engine, live, out, resume=resume):
             rounds += more

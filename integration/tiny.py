@@ -73,6 +73,7 @@ def miniature(settings: Settings, folder: Path) -> Miniature:
         micro_batch_size=None if micro is None else max(1, min(micro, batch // 2)),
         max_tokens=min(settings.max_tokens, 48),
         max_new_tokens=4,
+        answers=None if settings.answers is None else min(settings.answers, 6),
         test_size=12,
         train_size=64,
         learning_rates=settings.learning_rates[:2],

@@ -64,11 +64,20 @@ class Federation:
         clients = tuple(replace(client, tests=[]) for client in self.clients)
         return replace(self, settings=settings, task=task, test=test, clients=clients)
 
+    def questions(self, start: Score) -> list[dict[str, str]]:
+        """The test examples whose generated texts are kept: the question, the data set's answer and
+        what the start model wrote.
+        """
+        return [
+            {"question": x.question, "reference": x.completion or "", "start": text}
+            for x, text in zip(self.task.test, start.texts, strict=False)
+        ]
+
     def evaluate(self, *adapters: flk.Adapter, client: Client | None = None) -> Score:
         """The score of these adapters on the test split, or on the client's own test examples."""
         test = partial(evaluate, self.model, self.task, self.test, *adapters)
-        among = None if client is None else client.tests
-        return test(max_new_tokens=self.settings.max_new_tokens, among=among)
+        settings, among = self.settings, None if client is None else client.tests
+        return test(max_new_tokens=settings.max_new_tokens, answers=settings.answers, among=among)
 
 
 def _clients(settings: Settings, train: Tokens, test: Tokens) -> tuple[Client, ...]:

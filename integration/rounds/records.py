@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +61,8 @@ class RoundRecord:
     """Of the one global model; of a personal rule, that of the clients' mean update."""
     client_accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
     """Client -> accuracy on its own test examples of the model that it runs."""
+    texts: list[str] = dataclasses.field(default_factory=list)
+    """What the model wrote for the first test examples, of a personal rule its first client's."""
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
     """Client -> why it is not in the round, of the participants that are not."""
     transfer_ms: float = 0.0
@@ -117,16 +119,22 @@ def open_folder(out: Path, settings: Settings, *, resume: bool) -> list[str]:
 
 
 def write_settings(
-    out: Path, settings: Settings, start: Score, rates: Mapping[str, float] | None = None
+    out: Path,
+    settings: Settings,
+    start: Score,
+    *,
+    questions: Sequence[Mapping[str, str]] = (),
+    rates: Mapping[str, float] | None = None,
 ) -> None:
-    """settings.json: the settings, the start's score, the versions and the number of threads, and
-    the rules' learning rates where they were chosen.
+    """settings.json: the settings, the start's score, the versions and the number of threads, a few
+    questions with their answers, and the rules' learning rates where they were chosen.
     """
     content = {
         "settings": _settings(settings),
         "start_accuracy": start.accuracy,
         "start_loss": start.loss,
         **({"learning_rates": dict(rates)} if rates else {}),
+        **({"questions": questions} if questions else {}),
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }

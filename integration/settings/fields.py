@@ -111,6 +111,7 @@ class Settings:
         "balanced",
         ("balanced", "plain"),
     )
+    answers: int | None = setting("Test examples that are answered by generation; else all", None)
     max_new_tokens: int = setting("Tokens that a generated answer may have", 64)
     init: str = setting("Where the base weights come from", "pretrained", ("pretrained", "random"))
     config: str | None = setting("Shape of a random model: a name, or a config.json", None)

@@ -75,7 +75,15 @@ def from_values(values: dict[str, Any], where: str) -> Settings:
 
 def _check(settings: Settings) -> None:
     counts = ("clients", "rounds", "batch_size", "max_tokens", "test_size", "evaluate_every")
-    given = ("seeds", "max_new_tokens", "steps", "epochs", "train_size", "micro_batch_size")
+    given = (
+        "seeds",
+        "max_new_tokens",
+        "steps",
+        "epochs",
+        "train_size",
+        "micro_batch_size",
+        "answers",
+    )
     for name in (*counts, *given):
         value = getattr(settings, name)
         if value is not None and value < 1:

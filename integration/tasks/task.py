@@ -44,6 +44,11 @@ class Example:
     """(role, content) of the conversation so far, in place of `text`: goes through the tokenizer's
     chat template."""
 
+    @property
+    def question(self) -> str:
+        """The text, or what was said last."""
+        return self.turns[-1][1] if self.turns else self.text
+
 
 Right = Callable[[Example, str], bool]
 """(example, generated text) -> whether the text answers the example."""
