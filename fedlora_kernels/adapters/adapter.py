@@ -140,7 +140,9 @@ class Adapter:
         """
         who = self.name or "adapter"
         with live.opened(model, adapter_name, who, writing=True) as found:
-            there = Adapter.from_state_dict(found.copied(), found.config)
+            # Its shapes only: a model whose training has diverged can be written to.
+            shapes = {key: torch.zeros_like(tensor) for key, tensor in found.copied().items()}
+            there = Adapter.from_state_dict(shapes, found.config)
             for module in sorted(self.factors.keys() ^ there.factors.keys()):
                 owner = "this adapter" if module in self.factors else "the model"
                 raise AdapterError(f"{who}, module {module}: only {owner} has factors for it")

@@ -44,7 +44,7 @@ def train(message: Message, context: Context) -> Message:
 
     round_: dict[str, Any] = dict(message.content.config_records["round"])
     place = _place(round_["settings"])
-    federation = place.federation.with_seed(round_["seed"])
+    federation = place.federation.with_seed(round_["seed"]).at(round_["learning-rate"])
     number, trains = round_["number"], round_["trains"]
     client = federation.clients[int(context.node_config[CLIENT])]
     kept = _Kept(context.state, round_["seed"], round_["rule"])

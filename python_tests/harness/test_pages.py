@@ -95,7 +95,7 @@ def test_committed_summaries_are_those_of_their_rounds(folder, tmp_path):
     rounds = [RoundRecord(**{k: v for k, v in json.loads(x).items() if k in known}) for x in lines]
     settings = json.loads((folder / "settings.json").read_text())
     start = Score(settings["start_accuracy"], settings["start_loss"])
-    again = write_summary(tmp_path, rounds, start)
+    again = write_summary(tmp_path, rounds, start, settings.get("learning_rates"))
     assert json.loads((folder / "summary.json").read_text()) == again
 
 
