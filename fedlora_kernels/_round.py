@@ -24,6 +24,7 @@ from fedlora_kernels.adapters import agreement
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.gram_space.batches import Batch, stack
 from fedlora_kernels.gram_space.grams import Grams
+from fedlora_kernels.gram_space.wide import Wide
 from fedlora_kernels.ops import checks
 from fedlora_kernels.rules import Rule
 
@@ -178,4 +179,4 @@ class Round:
 
     def _of(self, batch: Batch) -> Grams:
         """A batch's matrices, from its factors."""
-        return Grams(batch, self._precision)
+        return (Wide if batch.wide else Grams)(batch, self._precision)

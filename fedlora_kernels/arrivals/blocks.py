@@ -3,7 +3,8 @@
     G_B[k, j] = B_k^T B_j    G_A[k, j] = A_k A_j^T    j <= k, float64, modules of both
 
 The new client's row is made when it arrives, so the matrices of a whole round are there when the
-last one has come.
+last one has come. A module that is wide by then needs no more of them: the result is made from the
+factors themselves.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedlora_kernels._round import Round
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.arrivals.durable import read_tensors
-from fedlora_kernels.gram_space.batches import Batch, stack
+from fedlora_kernels.gram_space.batches import Batch, is_wide, stack
 from fedlora_kernels.gram_space.grams import Grams
 
 B, A = "B ", "A "
@@ -55,7 +56,7 @@ class Arrived(Round):
         return [read_tensors(folder) for folder in self._folders]
 
     def _of(self, batch: Batch) -> Grams:
-        if batch.clients[-1] >= len(self._folders):  # with what a rule carried over
+        if batch.wide or batch.clients[-1] >= len(self._folders):  # with what a rule carried over
             return super()._of(batch)
         return Joined(batch, self)
 
@@ -109,6 +110,8 @@ def row(
         own = Grams(batch)
         (module,), (pair,) = batch.modules, batch.pairs
         others = [one.factors[module] for one in before if module in one.factors]
+        if is_wide(sum(other.rank for other in others) + pair.rank, batch.size):
+            continue
         sides = (
             (B, own.b[0], pair.b.mT, [other.b.mT for other in others]),
             (A, own.a[0], pair.a, [other.a for other in others]),
