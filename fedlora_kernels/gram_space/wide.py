@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedlora_kernels import ops
 from fedlora_kernels.gram_space.grams import Grams, Spectrum
+from fedlora_kernels.gram_space.leading import leading_eigenpairs
 from fedlora_kernels.ops._spectrum import negligible
 
 RUN = 512
@@ -134,14 +135,19 @@ class OfUpdate(Spectrum):
         self._update = wide.update if scale is None else wide.product(self._scale)
         rows = wide.size[0] < wide.size[1]
         small = ops.gram(self._update[None], rows=rows)
-        one = torch.eye(small.shape[1], dtype=small.dtype, device=small.device)[None]
-        ones = torch.ones_like(small[:, 0])
-        sigma, self.total_energy, vectors, _, _ = ops.spectrum(small, one, ones, energy, max_rank)
-        # With A = I in this call, B left = U S says that left holds the eigenvectors themselves.
-        bound = torch.maximum(sigma[:, :1].square(), wide.noise / negligible(wide.stacked_rank))
-        self.sigma = sigma.where(sigma.square() > negligible(wide.stacked_rank) * bound, 0)
-        count = int((self.sigma > 0).sum())
-        self._vectors = vectors[0, :, :count].clone()
+        self.total_energy = small.diagonal(dim1=-2, dim2=-1).sum(-1)
+        dimension = small.shape[1]
+        values, vectors = leading_eigenpairs(
+            small[0],
+            (energy - 4 * negligible(dimension)) * float(self.total_energy),
+            max_rank or dimension,
+        )
+        # Where clients cancel, lambda_1 itself is rounding of the much larger terms.
+        least = torch.maximum(negligible(wide.stacked_rank) * values[:1], wide.noise)
+        count = int((values > least).sum())
+        self.sigma = small.new_zeros(1, dimension)
+        self.sigma[0, :count] = values[:count].sqrt()
+        self._vectors = vectors[:, :count].clone()
 
     @cached_property
     def pair(self) -> tuple[Tensor, Tensor]:

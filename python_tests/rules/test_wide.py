@@ -8,6 +8,7 @@ import torch
 from federation import (
     AVERAGING_RULES,
     CASES,
+    EPS,
     PRODUCT_RULES,
     Drawn,
     Federation,
@@ -20,12 +21,13 @@ from federation import (
     update,
     write_client,
 )
-from matrices import FAMILIES, normal
+from matrices import FAMILIES, normal, orthonormal_columns
 
 import fedlora_kernels as flk
 from fedlora_kernels.adapters.error import AdapterError
-from fedlora_kernels.gram_space import batches
+from fedlora_kernels.gram_space import batches, leading
 from fedlora_kernels.gram_space.grams import Grams
+from fedlora_kernels.gram_space.leading import leading_eigenpairs
 from fedlora_kernels.gram_space.wide import Wide
 
 
@@ -84,22 +86,21 @@ def test_nan_names_its_client_and_module() -> None:
 
 
 SIZES = {"layers.0.q": (96, 80), "layers.1.down": (72, 120)}
-CLIENTS, RANK = 36, 16
 
 
-def shared_start(dtype: torch.dtype) -> Federation:
-    """R = 576 of modules of 80 and 72 dimensions: one A, moved by each client."""
+def shared_start(dtype: torch.dtype, clients: int, rank: int) -> Federation:
+    """One A, moved by each client."""
     generator = torch.Generator().manual_seed(3)
-    start = {module: normal(generator, RANK, n) for module, (_, n) in SIZES.items()}
+    start = {module: normal(generator, rank, n) for module, (_, n) in SIZES.items()}
     drawn = []
-    for _ in range(CLIENTS):
+    for _ in range(clients):
         client = {}
         for module, (m, n) in SIZES.items():
-            b = normal(generator, m, RANK) + normal(generator, m, 1)
-            a = start[module] + 0.3 * normal(generator, RANK, n)
+            b = normal(generator, m, rank) + normal(generator, m, 1)
+            a = start[module] + 0.3 * normal(generator, rank, n)
             client[module] = Drawn(b.to(dtype), a.to(dtype), 2.0)
         drawn.append(client)
-    return federation(drawn, [1.0 + k % 5 for k in range(CLIENTS)])
+    return federation(drawn, [1.0 + k % 5 for k in range(clients)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -111,7 +112,7 @@ def test_more_ranks_than_dimensions_reach_the_optimum(
     def refuse(self: Grams) -> None:
         raise AssertionError("an R x R matrix was made")
 
-    round_ = shared_start(dtype)
+    round_ = shared_start(dtype, clients=36, rank=16)  # R = 576, of 80 and 72 dimensions
     with monkeypatch.context() as patched:
         patched.setattr(Grams, "_read", refuse)
         fedit, florist, flexlora = flk.Round(round_.adapters, weights=round_.weights).aggregate(
@@ -133,7 +134,7 @@ def test_more_ranks_than_dimensions_reach_the_optimum(
 
 
 def test_a_stream_makes_no_blocks_of_wide_modules(tmp_path: Path) -> None:
-    round_ = shared_start(torch.float32)
+    round_ = shared_start(torch.float32, clients=9, rank=64)
     expected = round_.aggregate("florist")
     stream = flk.Stream("florist", state=tmp_path / "s")
     for k, client in enumerate(round_.drawn):
@@ -143,7 +144,70 @@ def test_a_stream_makes_no_blocks_of_wide_modules(tmp_path: Path) -> None:
     for module in round_.modules:
         gap = norm(update(result.adapter, module) - update(expected.adapter, module))
         assert gap <= 1e-5 * norm(round_.ideal(module))
-    kept = [(tmp_path / "s" / "blocks" / str(k)).stat() for k in range(CLIENTS)]
-    last = tmp_path / "s" / "blocks" / str(CLIENTS - 1) / "0.safetensors"
-    assert len(kept) == CLIENTS
-    assert last.stat().st_size < 100
+    first, last = (tmp_path / "s" / "blocks" / str(k) / "0.safetensors" for k in (0, 8))
+    assert first.stat().st_size > 4 * 64 * 64 * 8
+    assert last.stat().st_size < 100  # no tensor
+
+
+# ---- the leading eigenpairs --------------------------------------------------------------------
+
+
+def spectrum_of(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A symmetric matrix with these eigenvalues."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = orthonormal_columns(generator, len(values), len(values))
+    return (vectors * values) @ vectors.mT
+
+
+def shaped(head: list[float], tail: float, size: int = 320) -> torch.Tensor:
+    """Leading values, and a flat tail."""
+    values = torch.full((size,), tail, dtype=torch.float64)
+    values[: len(head)] = torch.tensor(head, dtype=torch.float64)
+    return values
+
+
+EIGENVALUES = {
+    "a gap": shaped([9.0, 5.0, 4.0], 1e-3),
+    "a tail that holds more than the last value": shaped([9.0, 5.0, 4.0], 0.5),
+    "repeated": shaped([4.0] * 6, 1e-2),
+    "rank deficient": shaped([9.0, 5.0, 4.0], 0.0),
+    "no gap": torch.linspace(1, 0, 320, dtype=torch.float64),
+    "zero": shaped([], 0.0),
+}
+
+
+@pytest.mark.parametrize("name", EIGENVALUES)
+@pytest.mark.parametrize(("energy", "cap"), [(0.5, 320), (0.9, 320), (1.0, 3), (1.0, 320)])
+def test_leading_eigenpairs_are_those_of_the_whole(name: str, energy: float, cap: int) -> None:
+    expected = EIGENVALUES[name]
+    matrix = spectrum_of(expected)
+    values, vectors = leading_eigenpairs(matrix, energy * float(expected.sum()), cap)
+    count = len(values)
+    noise = 64 * len(matrix) * EPS[torch.float64] * float(expected[0])
+    assert count == len(expected) or count == cap or values.sum() >= energy * expected.sum()
+    assert torch.all((values - expected[:count]).abs() <= noise + 1e-8 * expected[:count])
+    assert norm(matrix @ vectors - vectors * values) <= noise + 1e-8 * float(expected[0])
+    assert norm(vectors.mT @ vectors - torch.eye(count, dtype=torch.float64)) <= 1e-12 * count
+
+
+def test_a_missed_eigenvalue_is_seen() -> None:
+    """Neither bound takes pairs for the leading ones when a larger one is left out."""
+    values = EIGENVALUES["a tail that holds more than the last value"]
+    matrix = spectrum_of(values)
+    found, vectors = (x.flip(-1) for x in torch.linalg.eigh(matrix))
+    trace = float(values.sum())
+    assert leading._none_missed(matrix, found[:3], vectors[:, :3])
+    assert not leading._none_missed(matrix, found[[0, 2]], vectors[:, [0, 2]])
+    assert not leading._all_known(trace, found[[0, 2]], len(matrix))
+    gap = spectrum_of(EIGENVALUES["a gap"])
+    assert leading._all_known(float(gap.trace()), torch.tensor([9.0, 5.0, 4.0]), len(gap))
+
+
+def test_whole_decompositions_are_the_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: (sizes.append(len(x)), eigh(x))[1])
+    for name in ("a gap", "a tail that holds more than the last value"):
+        matrix = spectrum_of(EIGENVALUES[name])
+        leading_eigenpairs(matrix, float(matrix.trace()), 3)
+        assert max(sizes) < len(matrix) // 2
