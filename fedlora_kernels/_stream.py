@@ -50,9 +50,8 @@ class Stream:
     Args:
         rule: a rule of ``flk.rules``, or the name of one.
         state: a folder for what is kept; a stream that is there already goes on.
-        memory_limit: bytes of memory for sums, Gram matrices and what is made of them, beside the
-            result itself; files are mapped and do not count. One module is worked on however large
-            it is.
+        memory_limit: bytes of memory for sums, Gram matrices and what is made of them; files are
+            mapped and do not count. One module is worked on however large it is.
         copy: keep a copy of every client in the state, where the rule needs clients again.
             Otherwise their folders must stay as they are. An adapter in memory is always copied.
         absent: what a client without a module counts as: "zero" or "renormalize", see
@@ -183,6 +182,7 @@ class Stream:
             weights=[entry.weight for entry in entries],
             blocks=[self._blocks(index) for index in range(len(entries))],
             memory_limit=self._memory_limit,
+            scratch=self._state,
             absent=self._absent,
             device=self._device,
         ).aggregate(self.rule, **settings)

@@ -31,9 +31,7 @@ class Arrived(Round):
         adapters: the K clients, in the order in which they came.
         weights: their weights.
         blocks: the folders of their block rows.
-        memory_limit: bytes that the matrices of the modules that are worked on together, and what
-            is made of them, may take; one module is worked on however large its matrices are.
-        absent, device: see :class:`Round`.
+        memory_limit, scratch, absent, device: see :class:`Round`.
     """
 
     def __init__(
@@ -43,12 +41,19 @@ class Arrived(Round):
         weights: Sequence[float],
         blocks: Sequence[Path],
         memory_limit: int,
+        scratch: Path,
         absent: str,
         device: torch.device | str | None,
     ) -> None:
-        self._memory_limit = memory_limit
         self._folders = blocks
-        super().__init__(adapters, weights=weights, absent=absent, device=device)
+        super().__init__(
+            adapters,
+            weights=weights,
+            absent=absent,
+            device=device,
+            memory_limit=memory_limit,
+            scratch=scratch,
+        )
 
     @cached_property
     def _blocks(self) -> list[Mapping[str, Tensor]]:

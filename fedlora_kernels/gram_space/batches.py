@@ -212,8 +212,8 @@ def stack(
             weights are scaled up to sum to 1 for that module ("renormalize").
         device: where the work is done; where the adapters are when None.
         joined: how many of the adapters, the last ones, are not clients.
-        gram_bytes: what the matrices G_B of one batch of several modules may take; GRAM_BYTES when
-            None.
+        gram_bytes: what the matrices G_B of one batch of several modules may take, and a quarter of
+            the factors that come of it; when None, the matrices may take GRAM_BYTES.
 
     Raises:
         AdapterError: clients disagree about a module's size, and the message names both; or the
@@ -227,18 +227,19 @@ def stack(
     return [
         _batch(adapters, signature, part, weights, absent, device, joined)
         for signature, modules in groups.items()
-        for part in _parts(modules, signature, GRAM_BYTES if gram_bytes is None else gram_bytes)
+        for part in _parts(modules, signature, gram_bytes)
     ]
 
 
 def _parts(
-    modules: Sequence[str], signature: Signature, gram_bytes: int
+    modules: Sequence[str], signature: Signature, gram_bytes: int | None
 ) -> Iterator[Sequence[str]]:
-    """The modules in runs whose Gram matrices fit gram_bytes, as equal as can be; wide modules one
-    by one.
-    """
+    """The modules in runs that fit gram_bytes, as equal as can be; wide modules one by one."""
     stacked_rank = sum(signature.ranks)
-    fit = max(1, gram_bytes // max(1, 8 * stacked_rank**2))
+    largest = 8 * stacked_rank**2
+    if gram_bytes is not None:
+        largest = max(largest, stacked_rank * sum(signature.size) * signature.dtype.itemsize // 4)
+    fit = max(1, (GRAM_BYTES if gram_bytes is None else gram_bytes) // max(1, largest))
     if is_wide(stacked_rank, signature.size):
         fit = 1
     count = -(-len(modules) // fit)

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from anonymous import peak
 from federation import (
     CASES,
     EPS,
@@ -347,29 +347,16 @@ def test_a_line_cut_anywhere_counts_for_nothing(tmp_path: Path) -> None:
 
 def test_more_modules_take_no_more_anonymous_memory(tmp_path: Path) -> None:
     """The peak of RssAnon while clients of 64 modules are added, beyond that of one module."""
-    script = """
-import re, sys, threading, torch
-import fedlora_kernels as flk
-torch.set_num_threads(1)
+    warm = """
 rule, root, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 warm = flk.Stream(rule, state=root + "/warm-" + rule)
-for k in range(3):  # what libraries allocate once, work space of products for example
+for k in range(3):
     warm.add(f"{root}/one-{k}")
-start, most, done = anonymous(), 0, threading.Event()
-def watch():
-    global most
-    while not done.wait(0.001):
-        most = max(most, anonymous() - start)
-watcher = threading.Thread(target=watch)
-watcher.start()
+"""
+    code = """
 stream = flk.Stream(rule, state=root + "/" + rule, memory_limit=limit)
 for k in range(3):
     stream.add(f"{root}/site-{k}")
-done.set()
-watcher.join()
-print(most)
 """
     drawn = draw(ranks=(8, 8, 8), sizes={"layers.0.q": (4096, 4096)})
     for k, client in enumerate(drawn.drawn):
@@ -382,11 +369,4 @@ print(most)
     sums = 64 * 2 * 4096 * 8 * 8
     limit = sums // 2  # 16 MiB; the clients are 48 MiB
     for rule in ("fedit", "florist"):
-        done = subprocess.run(
-            [sys.executable, "-c", script, rule, str(tmp_path), str(limit)],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert int(re.findall(r"\d+", done.stdout)[-1]) <= limit, rule
+        assert peak(warm, code, rule, tmp_path, limit) <= limit, rule
