@@ -17,6 +17,7 @@ from federation import (
     Drawn,
     Federation,
     draw,
+    federation,
     norm,
     update,
     write_client,
@@ -113,8 +114,6 @@ def test_a_result_in_between_is_of_those_that_came(rule: str, absent: str, tmp_p
 
 
 def test_heads_are_averaged(tmp_path: Path) -> None:
-    from federation import federation
-
     drawn = draw()
     heads = [{"base_model.model.score.weight": torch.full((2, 3), float(k))} for k in range(3)]
     clients = federation(drawn.drawn, drawn.weights, extras=heads)
@@ -123,6 +122,40 @@ def test_heads_are_averaged(tmp_path: Path) -> None:
         expected = clients.aggregate(rule).adapter.extras
         assert found.keys() == expected.keys()
         assert all(torch.allclose(found[key], expected[key]) for key in found)
+
+
+@pytest.mark.parametrize("rule", ["fedit", "florist"])
+def test_heads_that_stay_with_their_clients_may_differ(rule: str, tmp_path: Path) -> None:
+    drawn = draw()
+    heads = [{"base_model.model.score.weight": torch.ones(2 + k, 3)} for k in range(3)]
+    clients = federation(drawn.drawn, drawn.weights, extras=heads)
+    stream = streamed(tmp_path / "local", clients, rule, heads="local")
+    result = stream.result()
+    assert_same(result, clients.aggregate(rule, heads="local"), clients)
+    assert not result.adapter.extras
+    with pytest.raises(flk.AdapterError, match=r"client 1 \(1\), tensor .*score.* shape \[3, 3\]"):
+        streamed(tmp_path / "average", clients, rule)
+    with pytest.raises(ValueError, match="holds a stream of heads local, found average"):
+        flk.Stream(rule, state=tmp_path / "local")
+    with pytest.raises(ValueError, match="heads must be one of average, local, found 'mean'"):
+        flk.Stream(rule, state=tmp_path / "mean", heads="mean")
+
+
+@pytest.mark.parametrize("rule", ["fedit", "florist"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_frozen_copies_stay_where_all_clients_have_the_same(
+    rule: str, alike: bool, tmp_path: Path
+) -> None:
+    drawn = draw()
+    key = "base_model.model.embed_tokens.base_layer.weight"
+    copies = [{key: torch.full((2, 3), 0.1 if alike else float(k))} for k in range(3)]
+    for lacking in (None, 0, 2):
+        beside = [{} if k == lacking else copy for k, copy in enumerate(copies)]
+        clients = federation(drawn.drawn, drawn.weights, extras=beside)
+        found = streamed(tmp_path / f"s-{lacking}", clients, rule).result().adapter.extras
+        expected = clients.aggregate(rule).adapter.extras
+        assert found.keys() == expected.keys() == ({key} if alike and lacking is None else set())
+        assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_vera_vectors_are_averaged(tmp_path: Path) -> None:
@@ -195,8 +228,6 @@ def test_another_a_is_refused_by_a_rule_with_one(tmp_path: Path) -> None:
 
 
 def test_modules_may_share_one_tensor(tmp_path: Path) -> None:
-    from federation import federation
-
     drawn = draw(sizes=WIDE).drawn[0]
     tied = federation([dict.fromkeys(WIDE, drawn["layers.0.q"])])
     for rule in flk.rules.names():
