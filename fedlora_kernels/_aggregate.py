@@ -1,6 +1,7 @@
 """aggregate: the clients' adapters in, the global adapter out; short for a :class:`Round`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ def aggregate(
     dtype: torch.dtype | None = None,
     heads: str | None = None,
     same_base: bool = False,
+    memory_limit: int | None = None,
+    scratch: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Aggregation:
     """Combine the clients' adapters into one.
@@ -48,6 +52,11 @@ def aggregate(
         heads: what becomes of the tensors beside the factors (modules_to_save, biases): "average",
             or "local" (they stay with their clients); None is the rule's own way.
         same_base: whether the clients have one base model whatever their configs call it.
+        memory_limit: bytes of memory for the matrices and results of the modules that are worked on
+            together, see :class:`Round`; no limit when None.
+        scratch: folder of the unnamed files that then hold the result.
+        progress: called after every group of modules with how many are done, and how many there
+            are.
         **options: of a rule given by name, see ``flk.rules.find(name).options()``.
 
     Returns:
@@ -67,7 +76,15 @@ def aggregate(
         device=device,
         precision=precision,
         same_base=same_base,
+        memory_limit=memory_limit,
+        scratch=scratch,
     )
     return round_.aggregate(
-        rule, carried=carried, uniform_rank=uniform_rank, dtype=dtype, heads=heads, **options
+        rule,
+        carried=carried,
+        uniform_rank=uniform_rank,
+        dtype=dtype,
+        heads=heads,
+        progress=progress,
+        **options,
     )

@@ -206,15 +206,16 @@ class Work:
         """
         grams.batch.refuse_changes()
         solution = self._prepared.solve(grams)
-        self._factors.update(
-            _factors(grams.batch, solution.adapter, self._rule.comes_back(), self._dtype)
-        )
+        aside = self._round.put_aside
+        made = _factors(grams.batch, solution.adapter, self._rule.comes_back(), self._dtype)
+        self._factors.update(aside(dict(made)))
         self._averaged &= isinstance(solution.adapter, Mixture)
         if solution.residual is not None:
-            self._residuals.update(_factors(grams.batch, solution.residual, "both", self._dtype))
+            made = _factors(grams.batch, solution.residual, "both", self._dtype)
+            self._residuals.update(aside(dict(made)))
         if solution.kept is not None:  # errors add up over the rounds: float32 at least
             wide = torch.promote_types(grams.batch.dtype, torch.float32)
-            self._kept.update(_factors(grams.batch, solution.kept, "both", wide))
+            self._kept.update(aside(dict(_factors(grams.batch, solution.kept, "both", wide))))
         if solution.sweep:
             self._swept.append(swept(grams, solution))
         if not grams.computed:

@@ -10,8 +10,9 @@ Batches of modules are the outermost loop, so memory does not grow with the laye
 taken when something needs its result: a rule that only averages computes no Gram matrix.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, overload
 from weakref import WeakSet
 
@@ -22,8 +23,11 @@ from fedlora_kernels._aggregation import Aggregation, Work
 from fedlora_kernels._inspect import ENERGIES, Inspection, inspection
 from fedlora_kernels.adapters import agreement
 from fedlora_kernels.adapters.adapter import Adapter
+from fedlora_kernels.adapters.factors import Factors
+from fedlora_kernels.adapters.scratch import mapped
 from fedlora_kernels.gram_space.batches import Batch, stack
 from fedlora_kernels.gram_space.grams import Grams
+from fedlora_kernels.gram_space.wide import Wide
 from fedlora_kernels.ops import checks
 from fedlora_kernels.rules import Rule
 
@@ -47,14 +51,16 @@ class Round:
         precision: "exact" (float64 accumulation) or "fast" (float32 with promotion).
         same_base: whether the clients have one base model whatever their configs call it, local
             paths for example.
+        memory_limit: bytes of memory for the matrices and results of the modules that are worked on
+            together, which are as few as it takes; files are mapped and do not count. Results are
+            written to unnamed files as they are made, and mapped. One module is worked on however
+            large it is. No limit when None.
+        scratch: folder for those files; the system's temporary folder when None.
 
     Raises:
         AdapterError: what the clients sent does not belong together; names client and module.
-        ValueError: absent or precision is unknown.
+        ValueError: absent or precision is unknown, or memory_limit is under 1.
     """
-
-    _memory_limit: int | None = None
-    """what a batch's matrices, and those that are kept, may take together"""
 
     def __init__(
         self,
@@ -65,7 +71,12 @@ class Round:
         device: torch.device | str | None = None,
         precision: str = "exact",
         same_base: bool = False,
+        memory_limit: int | None = None,
+        scratch: str | Path | None = None,
     ) -> None:
+        if memory_limit is not None and memory_limit < 1:
+            raise ValueError(f"memory_limit must be at least 1 byte, found {memory_limit}")
+        self._memory_limit, self._scratch = memory_limit, scratch
         self.clients = tuple(adapters)
         self.weights = agreement.normalized(weights, self.clients)
         """w_k [K] float64"""
@@ -95,6 +106,7 @@ class Round:
         uniform_rank: bool = False,
         dtype: torch.dtype | None = None,
         heads: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Aggregation | list[Aggregation]:
         """Combine the clients' adapters by one rule, or by several that share every Gram matrix.
@@ -110,6 +122,8 @@ class Round:
             heads: what becomes of the tensors beside the factors (modules_to_save, biases):
                 "average", or "local" (they stay with their clients); None is the rule's own way,
                 "local" where clients keep different models, else "average".
+            progress: called after every group of modules with the number of modules that are done
+                and that of all.
             **options: of a rule given by name, see ``flk.rules.find(name).options()``.
 
         Raises:
@@ -126,12 +140,17 @@ class Round:
         ]
         reading = [work for work in works if work.reads]
         sharing = [work for work in reading if work.joined is None]
-        for grams in self.read() if sharing else ():
-            for work in sharing:
-                work.take(grams)
-        for work in reading:
-            for grams in self.read(work.joined) if work.joined else ():
-                work.take(grams)
+        passes = [(None, sharing), *((work.joined, [work]) for work in reading if work.joined)]
+        todo = [(every, together) for every, together in passes if together]
+        total = sum(len(g.modules) for every, _ in todo for g in every or self.grams)
+        done = 0
+        for every, together in todo:
+            for grams in self.read(every):
+                for work in together:
+                    work.take(grams)
+                done += len(grams.modules)
+                if progress is not None:
+                    progress(done, total)
         results = [work.result() for work in works]
         return results if several is rule else results[0]
 
@@ -147,6 +166,10 @@ class Round:
             yield grams
             if not self.keeps(grams):
                 grams.forget()
+
+    def put_aside(self, made: dict[str, Factors]) -> dict[str, Factors]:
+        """Factors of a result, in a file where memory is limited."""
+        return made if self._memory_limit is None else mapped(made, self._scratch)
 
     def keeps(self, grams: Grams) -> bool:
         """Whether these matrices stay: all that the round's batches hold, those that rules with
@@ -178,4 +201,4 @@ class Round:
 
     def _of(self, batch: Batch) -> Grams:
         """A batch's matrices, from its factors."""
-        return Grams(batch, self._precision)
+        return (Wide if batch.wide else Grams)(batch, self._precision)

@@ -16,6 +16,7 @@ import torch
 
 from fedlora_kernels import rules
 from fedlora_kernels._aggregation import Aggregation, refuse_kinds
+from fedlora_kernels._delivery import HEADS
 from fedlora_kernels._round import Round
 from fedlora_kernels.adapters import agreement, extras, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
@@ -50,19 +51,20 @@ class Stream:
     Args:
         rule: a rule of ``flk.rules``, or the name of one.
         state: a folder for what is kept; a stream that is there already goes on.
-        memory_limit: bytes of memory for sums, Gram matrices and what is made of them, beside the
-            result itself; files are mapped and do not count. One module is worked on however large
-            it is.
+        memory_limit: bytes of memory for sums, Gram matrices and what is made of them; files are
+            mapped and do not count. One module is worked on however large it is.
         copy: keep a copy of every client in the state, where the rule needs clients again.
             Otherwise their folders must stay as they are. An adapter in memory is always copied.
         absent: what a client without a module counts as: "zero" or "renormalize", see
             :class:`Round`.
+        heads: what becomes of the tensors beside the factors, "average" or "local"; None is the
+            rule's own way, see :meth:`Round.aggregate`. Only heads that are averaged must agree.
         device: where the work is done; where the adapters are when None.
         **options: of a rule given by name, see ``flk.rules.find(name).options()``.
 
     Raises:
         ValueError: the rule is unknown, an option is out of range, or the state is of a stream of
-            another rule, options or ``absent``.
+            another rule, options, ``absent`` or ``heads``.
         TypeError: the rule has no such option.
         FileExistsError: the state is a file, or a folder of other things.
     """
@@ -75,6 +77,7 @@ class Stream:
         memory_limit: int = MEMORY_LIMIT,
         copy: bool = False,
         absent: str = "zero",
+        heads: str | None = None,
         device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
@@ -84,11 +87,16 @@ class Stream:
             raise ValueError(f"absent must be one of {', '.join(ABSENT)}, found {absent!r}")
         if memory_limit < 1:
             raise ValueError(f"memory_limit must be at least 1 byte, found {memory_limit}")
+        self._heads = heads or self.rule.heads
+        if self._heads not in HEADS:
+            raise ValueError(f"heads must be one of {', '.join(HEADS)}, found {heads!r}")
         self._state = Path(state).resolve()
         self._memory_limit, self._copy = memory_limit, copy
         self._absent, self._device = absent, device
         self._room = max(1, memory_limit // SHARES)
-        self._journal = Journal(self._state, {"rule": repr(self.rule), "absent": absent})
+        self._journal = Journal(
+            self._state, {"rule": repr(self.rule), "absent": absent, "heads": self._heads}
+        )
         self._clients: list[Adapter] = []
         """of a rule that needs them again, mapped; as many as were asked for"""
         with self._journal.held():
@@ -146,7 +154,6 @@ class Stream:
         carried: Any = None,
         uniform_rank: bool = False,
         dtype: torch.dtype | None = None,
-        heads: str | None = None,
     ) -> Aggregation:
         """The aggregate of the clients that came so far; more may be added afterwards.
 
@@ -163,7 +170,7 @@ class Stream:
             "carried": carried,
             "uniform_rank": uniform_rank,
             "dtype": dtype,
-            "heads": heads,
+            "heads": self._heads,
         }
         with self._journal.held():
             entries = list(self._journal.entries)
@@ -183,6 +190,7 @@ class Stream:
             weights=[entry.weight for entry in entries],
             blocks=[self._blocks(index) for index in range(len(entries))],
             memory_limit=self._memory_limit,
+            scratch=self._state,
             absent=self._absent,
             device=self._device,
         ).aggregate(self.rule, **settings)
@@ -194,9 +202,9 @@ class Stream:
     ) -> None:
         loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
         sums = self._sums()
-        _refuse_stranger(self.rule, sums.before(self.rule), loaded, who)
+        _refuse_stranger(self.rule, sums.before(self.rule), loaded, who, self._heads)
         made = self._state / f"sums.{index + 1}"
-        sums.plus(loaded, entry.weight, self.rule, made, self._room, who)
+        sums.plus(loaded, entry.weight, self.rule, made, self._room, who, heads=self._heads)
         self._journal.append(entry)
         durable.cleared(other for other in self._state.glob("sums.*") if other != made)
 
@@ -222,7 +230,7 @@ class Stream:
                     )
             entry = Entry(**{**vars(entry), "stamp": folders.stamp(Path(entry.folder))})
         loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-        _refuse_stranger(self.rule, _together(clients), loaded, who)
+        _refuse_stranger(self.rule, _together(clients), loaded, who, self._heads)
         if not in_place:
             with durable.made(self._copies(index)) as place:
                 loaded.write(place)
@@ -311,7 +319,9 @@ _NEW, _BEFORE = "\0new", "\0before"
 """how the checks of a pair call the two, until the message is put together"""
 
 
-def _refuse_stranger(rule: Rule, before: Adapter | None, client: Adapter, who: str) -> None:
+def _refuse_stranger(
+    rule: Rule, before: Adapter | None, client: Adapter, who: str, heads: str
+) -> None:
     """Refuse a client that does not belong to those before it, or that the rule cannot aggregate.
 
     Raises:
@@ -323,7 +333,8 @@ def _refuse_stranger(rule: Rule, before: Adapter | None, client: Adapter, who: s
         pair.insert(0, folders.named(before, _BEFORE))
     try:
         agreement.check(pair)
-        extras.check(pair)
+        if heads == "average":
+            extras.check(pair)
         refuse_kinds(pair, rule)
         rule.validate(pair)
         if not client.vera:

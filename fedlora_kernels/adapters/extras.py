@@ -21,12 +21,12 @@ def check(adapters: Sequence[Adapter]) -> None:
         AdapterError: a tensor is missing, unexpected or of another shape. The message names the
             client and the tensor.
     """
-    first = {key for key in adapters[0].extras if not _frozen(key)}
+    first = {key for key in adapters[0].extras if not frozen(key)}
     for index, adapter in enumerate(adapters):
         if not adapter.extras and not first:
             continue
         who = label(index, adapter.name)
-        mine = {key for key in adapter.extras if not _frozen(key)}
+        mine = {key for key in adapter.extras if not frozen(key)}
         for key in sorted(first ^ mine):
             verb = "lacks" if key in first else "has an unexpected"
             raise AdapterError(
@@ -77,7 +77,7 @@ def average(adapters: Sequence[Adapter], weights: Tensor) -> dict[str, Tensor]:
             averaged[key] = first
             continue
         found = [adapter.extras[key] for adapter in adapters if key in adapter.extras]
-        if _frozen(key):
+        if frozen(key):
             if len(found) == len(adapters) and all(torch.equal(first, other) for other in found):
                 averaged[key] = first
         elif not first.is_floating_point():
@@ -88,7 +88,7 @@ def average(adapters: Sequence[Adapter], weights: Tensor) -> dict[str, Tensor]:
     return averaged
 
 
-def _frozen(key: str) -> bool:
+def frozen(key: str) -> bool:
     """Whether this is a copy of a weight that the adapter leaves as it is, as PEFT saves beside
     adapters of embeddings; VeRA's projections are looked at by themselves.
     """

@@ -3,7 +3,8 @@
     G_B[k, j] = B_k^T B_j    G_A[k, j] = A_k A_j^T    j <= k, float64, modules of both
 
 The new client's row is made when it arrives, so the matrices of a whole round are there when the
-last one has come.
+last one has come. A module that is wide by then needs no more of them: the result is made from the
+factors themselves.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedlora_kernels._round import Round
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.arrivals.durable import read_tensors
-from fedlora_kernels.gram_space.batches import Batch, stack
+from fedlora_kernels.gram_space.batches import Batch, is_wide, stack
 from fedlora_kernels.gram_space.grams import Grams
 
 B, A = "B ", "A "
@@ -30,9 +31,7 @@ class Arrived(Round):
         adapters: the K clients, in the order in which they came.
         weights: their weights.
         blocks: the folders of their block rows.
-        memory_limit: bytes that the matrices of the modules that are worked on together, and what
-            is made of them, may take; one module is worked on however large its matrices are.
-        absent, device: see :class:`Round`.
+        memory_limit, scratch, absent, device: see :class:`Round`.
     """
 
     def __init__(
@@ -42,12 +41,19 @@ class Arrived(Round):
         weights: Sequence[float],
         blocks: Sequence[Path],
         memory_limit: int,
+        scratch: Path,
         absent: str,
         device: torch.device | str | None,
     ) -> None:
-        self._memory_limit = memory_limit
         self._folders = blocks
-        super().__init__(adapters, weights=weights, absent=absent, device=device)
+        super().__init__(
+            adapters,
+            weights=weights,
+            absent=absent,
+            device=device,
+            memory_limit=memory_limit,
+            scratch=scratch,
+        )
 
     @cached_property
     def _blocks(self) -> list[Mapping[str, Tensor]]:
@@ -55,7 +61,7 @@ class Arrived(Round):
         return [read_tensors(folder) for folder in self._folders]
 
     def _of(self, batch: Batch) -> Grams:
-        if batch.clients[-1] >= len(self._folders):  # with what a rule carried over
+        if batch.wide or batch.clients[-1] >= len(self._folders):  # with what a rule carried over
             return super()._of(batch)
         return Joined(batch, self)
 
@@ -109,6 +115,8 @@ def row(
         own = Grams(batch)
         (module,), (pair,) = batch.modules, batch.pairs
         others = [one.factors[module] for one in before if module in one.factors]
+        if is_wide(sum(other.rank for other in others) + pair.rank, batch.size):
+            continue
         sides = (
             (B, own.b[0], pair.b.mT, [other.b.mT for other in others]),
             (A, own.a[0], pair.a, [other.a for other in others]),

@@ -83,7 +83,15 @@ class Sums:
         return {} if self.folder is None else durable.read_tensors(self.folder)
 
     def plus(
-        self, client: Adapter, weight: float, rule: Rule, folder: Path, room: int, who: str
+        self,
+        client: Adapter,
+        weight: float,
+        rule: Rule,
+        folder: Path,
+        room: int,
+        who: str,
+        *,
+        heads: str,
     ) -> "Sums":
         """These sums and one client more, durable in a folder of their own.
 
@@ -94,6 +102,7 @@ class Sums:
             folder: to be made.
             room: how many bytes may be held at once, or one module's.
             who: the client, for messages.
+            heads: whether what is beside the factors is averaged, see :meth:`Round.aggregate`.
 
         Raises:
             AdapterError: a sum overflows float64; names the client and the module.
@@ -103,6 +112,7 @@ class Sums:
         factors = {} if client.vera else client.factors
         known = {key: value for key, value in client.config.items() if value is not None}
         fresh = not self.config
+        old = self.tensors()
         made = replace(
             self,
             folder=folder,
@@ -111,6 +121,8 @@ class Sums:
             beside={
                 key: _promoted(self.beside.get(key), tensor.dtype)
                 for key, tensor in client.extras.items()
+                if (heads == "average" or key in extras.PROJECTIONS)
+                and (fresh or not extras.frozen(key) or _same(old.get(EXTRA + key), tensor))
             },
             config=client.config if fresh else self.config,
             known={**known, **self.known},
@@ -125,7 +137,7 @@ class Sums:
             weight=self.weight + share,
         )
         with durable.made(folder) as place:
-            durable.write_tensors(place, made._sums(self.tensors(), client, share, rule, who), room)
+            durable.write_tensors(place, made._sums(old, client, share, rule, who), room)
             fields = {key: value for key, value in vars(made).items() if key != "folder"}
             for name in ("modules", "vera"):
                 fields[name] = {module: asdict(row) for module, row in fields[name].items()}
@@ -154,13 +166,14 @@ class Sums:
             name, (_, lambda_d) = LAMBDA + module, client.vera[module]
             where = f"{who}, module {module}"
             yield name, _sum(old.get(name), lambda_d, share, lambda_d.shape, where)
-        for key, tensor in client.extras.items():
+        for key in self.beside:
+            tensor = client.extras[key]
             if _averaged(key, tensor):
                 where = f"{who}, tensor {key}"
                 total = _sum(old.get(EXTRA + key), tensor, share, tensor.shape, where)
             else:  # frozen, or a counter, of which the largest counts
                 total = old.get(EXTRA + key, _own(tensor))
-                if not tensor.is_floating_point():
+                if not extras.frozen(key):
                     total = torch.maximum(total, tensor)
             yield EXTRA + key, total
 
@@ -278,7 +291,11 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _averaged(key: str, tensor: Tensor) -> bool:
-    return key not in extras.PROJECTIONS and tensor.is_floating_point()
+    return not extras.frozen(key) and tensor.is_floating_point()
+
+
+def _same(known: Tensor | None, tensor: Tensor) -> bool:
+    return known is not None and torch.equal(known, tensor.to(known.device))
 
 
 def _sum(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,19 @@ if TYPE_CHECKING:
 _ROWS = 16
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _bytes(text: str) -> int:
+    """2GB, 500MB, 64kB or a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKmMgG]?[bB])?", text)
+    unit = "" if found is None else (found[2] or "B")
+    size = 0 if found is None else int(float(found[1]) * _UNITS[unit[:-1].upper() + "B"])
+    if size < 1:
+        raise click.BadParameter(f"{text!r} is not a size such as 2GB or 500MB")
+    return size
 
 
 @click.command(cls=RuleCommand)
@@ -87,6 +101,13 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
     is_flag=True,
     help="Read adapter_model.bin where a client has no safetensors; no code of the file runs.",
 )
+@click.option(
+    "--memory-limit",
+    type=_bytes,
+    metavar="SIZE",
+    help="Memory for the modules that are worked on together, 2GB or 500MB say: modules pass in "
+    "groups, and the result is written as it is made. Without it there is no limit.",
+)
 @click.option("--modules", is_flag=True, help="List every module, however many there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
 @click.pass_context
@@ -104,6 +125,7 @@ def aggregate(
     heads: str | None,
     same_base: bool,
     pickled: bool,
+    memory_limit: int | None,
     modules: bool,
     as_json: bool,
 ) -> None:
@@ -131,6 +153,9 @@ def aggregate(
             dtype=dtype,
             heads=heads,
             same_base=same_base,
+            memory_limit=memory_limit,
+            scratch=next(p for p in Path(os.path.realpath(out)).parents if p.exists()),
+            progress=None if memory_limit is None else _tell,
             options=options,
         )
     with screen.working(f"Writing {out}"):
@@ -141,6 +166,10 @@ def aggregate(
         screen.print_json(_described(result, out, seconds))
     else:
         _show(result, out, seconds, modules)
+
+
+def _tell(done: int, total: int) -> None:
+    click.echo(f"{done} of {total} modules", err=True)
 
 
 def _refuse_out(out: str, clients: Sequence[str]) -> None:

@@ -31,6 +31,18 @@ GRAM_BYTES = 1 << 27
 Some ten such arrays live while a batch is worked on; one module is a batch however large it is.
 """
 
+WIDE_RANK = 512
+"""From this stacked rank on :func:`is_wide` looks at the module's size: below, matrices of R x R
+take milliseconds, and many modules are worked on in one call."""
+
+
+def is_wide(stacked_rank: int, size: tuple[int, int]) -> bool:
+    """Whether the dense update is less work than matrices of R x R: see gram_space/wide.py.
+
+    With d = min(m, n), 2 d^2 R + d^3 multiplications against 2 d R^2 and a factorization of R^3.
+    """
+    return stacked_rank >= WIDE_RANK and 4 * stacked_rank >= 3 * min(size)
+
 
 class Signature(NamedTuple):
     """What the modules of one batch have in common."""
@@ -73,6 +85,11 @@ class Batch:
     """the clients' factors, module-major: pairs[l*K + k]"""
     versions: tuple[int, ...]
     """how often each client's tensors had been written to when the batch was made"""
+
+    @property
+    def wide(self) -> bool:
+        """Whether the one module of this batch is worked on as a dense update."""
+        return is_wide(sum(self.ranks), self.size)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -195,8 +212,8 @@ def stack(
             weights are scaled up to sum to 1 for that module ("renormalize").
         device: where the work is done; where the adapters are when None.
         joined: how many of the adapters, the last ones, are not clients.
-        gram_bytes: what the matrices G_B of one batch of several modules may take; GRAM_BYTES when
-            None.
+        gram_bytes: what the matrices G_B of one batch of several modules may take, and a quarter of
+            the factors that come of it; when None, the matrices may take GRAM_BYTES.
 
     Raises:
         AdapterError: clients disagree about a module's size, and the message names both; or the
@@ -210,15 +227,21 @@ def stack(
     return [
         _batch(adapters, signature, part, weights, absent, device, joined)
         for signature, modules in groups.items()
-        for part in _parts(
-            modules, sum(signature.ranks), GRAM_BYTES if gram_bytes is None else gram_bytes
-        )
+        for part in _parts(modules, signature, gram_bytes)
     ]
 
 
-def _parts(modules: Sequence[str], stacked_rank: int, gram_bytes: int) -> Iterator[Sequence[str]]:
-    """The modules in runs whose Gram matrices fit gram_bytes, as equal as can be."""
-    fit = max(1, gram_bytes // max(1, 8 * stacked_rank**2))
+def _parts(
+    modules: Sequence[str], signature: Signature, gram_bytes: int | None
+) -> Iterator[Sequence[str]]:
+    """The modules in runs that fit gram_bytes, as equal as can be; wide modules one by one."""
+    stacked_rank = sum(signature.ranks)
+    largest = 8 * stacked_rank**2
+    if gram_bytes is not None:
+        largest = max(largest, stacked_rank * sum(signature.size) * signature.dtype.itemsize // 4)
+    fit = max(1, (GRAM_BYTES if gram_bytes is None else gram_bytes) // max(1, largest))
+    if is_wide(stacked_rank, signature.size):
+        fit = 1
     count = -(-len(modules) // fit)
     for part in range(count):
         begin, end = (len(modules) * index // count for index in (part, part + 1))

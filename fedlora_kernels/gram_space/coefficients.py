@@ -297,8 +297,9 @@ def between(x: Tensor, y: Tensor, begin: int, ends: Tensor) -> Product:
 def leading(x: Tensor, y: Tensor, ranks: Tensor) -> Product:
     """The first ranks[l] columns of X and rows of Y, in a Product as wide as the largest rank."""
     width = max(1, int(ranks.max()))
-    if x.shape[2] < width:  # nothing is left: one column of zeros
-        x, y = x.new_zeros(*x.shape[:2], width), y.new_zeros(len(y), width, y.shape[2])
+    if (spare := width - x.shape[2]) > 0:  # nothing is left, or fewer than were asked for
+        x = torch.nn.functional.pad(x, (0, spare))
+        y = torch.nn.functional.pad(y, (0, 0, 0, spare))
     keep = torch.arange(width, device=ranks.device)[None, :] < ranks[:, None]
     return Product(
         x[:, :, :width].where(keep[:, None, :], 0), y[:, :width].where(keep[:, :, None], 0), ranks

@@ -22,17 +22,30 @@ from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
 class Spectrum:
     """Singular values of L modules and the coefficients of their vectors (see ops.spectrum)."""
 
-    def __init__(
-        self, grams: "Grams", energy: float, max_rank: int | None, scale: Tensor | None = None
-    ) -> None:
-        """Of B diag(scale) A, [L,R]; of the ideal update B D A when None."""
-        scale = grams.scale if scale is None else scale
-        self.sigma, self.total_energy, self.left, self.right, _ = ops.spectrum(
-            grams.b, grams.a, scale, energy, max_rank
-        )
-        """[L,R], [L], [L,R,R], [L,R,R]"""
-        if grams.precision == "fast":
-            self.right = right_of_left(self.sigma, self.left, grams.b, scale)
+    sigma: Tensor
+    """[L,R] or [L,min(m,n)], descending"""
+    total_energy: Tensor
+    """[L]"""
+
+    @cached_property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """X [L,R,p] with B X = U S and Y [L,p,R] with Y A = V^T."""
+        raise NotImplementedError
+
+    @property
+    def left(self) -> Tensor:
+        """X."""
+        return self.pair[0]
+
+    @property
+    def right(self) -> Tensor:
+        """Y."""
+        return self.pair[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the coefficients that are there."""
+        return sum(tensor.nbytes for tensor in self.__dict__.get("pair", ()))
 
     def split(self, carrier: str) -> tuple[Tensor, Tensor]:
         """The coefficients X and Y with the singular values in B ("b"), in A ("a"), or their roots
@@ -42,7 +55,23 @@ class Spectrum:
             return self.left, self.right
         moved = self.sigma if carrier == "a" else self.sigma.sqrt()
         inverse = (1 / moved).where(moved > 0, 0)
-        return self.left * inverse[:, None, :], self.right * moved[:, :, None]
+        count = self.left.shape[2]
+        return self.left * inverse[:, None, :count], self.right * moved[:, :count, None]
+
+
+class OfGrams(Spectrum):
+    """From the R x R matrices."""
+
+    def __init__(
+        self, grams: "Grams", energy: float, max_rank: int | None, scale: Tensor | None
+    ) -> None:
+        scale = grams.scale if scale is None else scale
+        self.sigma, self.total_energy, left, right, _ = ops.spectrum(
+            grams.b, grams.a, scale, energy, max_rank
+        )
+        if grams.precision == "fast":
+            right = right_of_left(self.sigma, left, grams.b, scale)
+        self.pair = left, right
 
 
 class Grams:
@@ -94,7 +123,7 @@ class Grams:
         if self._matrices is None:
             self.batch.refuse_changes()
             b, a = self._read()
-            self._refuse_overflow(b, a)
+            self._refuse_overflow(*(gram.diagonal(dim1=-2, dim2=-1) for gram in (b, a)))
             self._matrices = b, a
         return self._matrices
 
@@ -107,9 +136,8 @@ class Grams:
         )
         return b, a
 
-    def _refuse_overflow(self, b: Tensor, a: Tensor) -> None:
-        """NaN and Inf show on the diagonals; only where there is one, look for whose it is."""
-        squares_b, squares_a = (gram.diagonal(dim1=-2, dim2=-1) for gram in (b, a))
+    def _refuse_overflow(self, squares_b: Tensor, squares_a: Tensor) -> None:
+        """NaN and Inf show on the diagonals [L,R]; where there is one, look for whose it is."""
         squares = squares_b * self.scale.square() * squares_a * self.stacked_rank**2
         if bool(squares.sum().isfinite() & (squares_b.sum() + squares_a.sum()).isfinite()):
             return
@@ -136,9 +164,8 @@ class Grams:
         held = [] if self._matrices is None else [*self._matrices]
         if "products" in self.__dict__:
             held.append(self.products)
-        for found in self._spectra.values():
-            held += [found.left, found.right]
-        return sum(tensor.nbytes for tensor in held)
+        spectra = sum(found.nbytes for found in self._spectra.values())
+        return spectra + sum(tensor.nbytes for tensor in held)
 
     def forget(self) -> None:
         """Let go of everything that was computed; it is computed anew for who asks again."""
@@ -159,8 +186,14 @@ class Grams:
         """
         asked = (energy, max_rank)
         if asked not in self._spectra:
-            self._spectra[asked] = Spectrum(self, energy, max_rank)
+            self._spectra[asked] = self.decomposed(energy, max_rank)
         return self._spectra[asked]
+
+    def decomposed(
+        self, energy: float = 1.0, max_rank: int | None = None, scale: Tensor | None = None
+    ) -> Spectrum:
+        """The same, computed anew, of B diag(scale) A for scale [L,R]; of B D A when None."""
+        return OfGrams(self, energy, max_rank, scale)
 
     @property
     def stacked_rank(self) -> int:

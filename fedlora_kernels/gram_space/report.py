@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedlora_kernels.gram_space.coefficients import Solution
 from fedlora_kernels.gram_space.grams import Grams, Spectrum
+from fedlora_kernels.ops._spectrum import negligible
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,15 @@ def svd_floor(grams: Grams, ranks: Tensor, found: Spectrum | None = None) -> Ten
         ranks: p, [L].
         found: the leading singular values, p of them at least, if they are known. What lies beyond
             is ||dW||^2 without their squares; where that is less than a share of SHARE, all
-            singular values are computed and the small ones summed.
+            singular values are computed and the small ones summed. At R eps ||dW||^2 it is 0.
     """
     if bool((ranks >= grams.full_rank).all()):
         return torch.zeros_like(ranks, dtype=torch.float64)
     found = found or grams.leading(max_rank=max(1, int(ranks.max())))
     total = found.total_energy
     beyond = total - _squares(found.sigma, ranks, beyond=False)
-    if bool((beyond < SHARE * total).any()):
+    beyond = beyond.where(beyond > negligible(grams.stacked_rank) * total, 0)
+    if bool(((beyond < SHARE * total) & (beyond > 0)).any()):
         beyond = _squares(grams.spectrum.sigma, ranks, beyond=True)
     return relative(beyond, grams)
 

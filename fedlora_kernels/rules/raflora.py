@@ -35,11 +35,10 @@ class RaFLoRA(Rule):
     def solve(self, grams: Grams) -> Solution:
         """The leading singular components of B diag(v s) A."""
         from fedlora_kernels.gram_space.coefficients import Solution, holders, leading
-        from fedlora_kernels.gram_space.grams import Spectrum
 
         width = min(max(grams.ranks), grams.full_rank)
         scale = holders(grams) * grams.scalings[:, grams.batch.owner]
-        found = Spectrum(grams, 1.0, width, scale)
+        found = grams.decomposed(max_rank=width, scale=scale)
         return Solution(leading(*found.split("balanced"), ranks=grams.same_rank(width)))
 
     def widest(self, ranks: Sequence[int], size: tuple[int, int]) -> int:

@@ -108,6 +108,24 @@ def refused(result, text: str) -> None:
     assert text in result.err
 
 
+def test_a_memory_limit_tells_of_every_group_and_writes_the_same(here):
+    assert run("aggregate", "a", "b", "d", "--out", "whole").code == 0
+    result = run("aggregate", "a", "b", "d", "--out", "new/part", "--memory-limit", "1kB")
+    assert result.code == 0, result.err
+    lines = result.err.splitlines()
+    assert lines == [f"{done} of 6 modules" for done in range(1, 7)]
+    whole, part = (load_file(f"{name}/adapter_model.safetensors") for name in ("whole", "new/part"))
+    assert whole.keys() == part.keys()
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+    assert sorted(os.listdir("new")) == ["part"]
+
+
+@pytest.mark.parametrize("size", ["much", "0", "-1GB", "2TB"])
+def test_a_memory_limit_is_a_size(here, size):
+    result = run("aggregate", "a", "--out", "o", f"--memory-limit={size}")
+    refused(result, f"'{size}' is not a size such as 2GB or 500MB")
+
+
 # aggregate
 
 
