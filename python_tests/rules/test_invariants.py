@@ -1,4 +1,4 @@
-"""What every rule must satisfy, on drawn federations and on every matrix family."""
+"""What every rule must satisfy, on drawn federations."""
 
 import weakref
 from dataclasses import asdict
@@ -20,15 +20,12 @@ from federation import (
     draw,
     federation,
     norm,
-    of_batch,
     product_bound,
     update,
     whole_update,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrices import CASES as FAMILY_CASES
-from matrices import FAMILIES, case_id
 
 import fedlora_kernels as flk
 
@@ -195,27 +192,6 @@ def test_error_squared_and_captured_energy_make_the_whole(
 def test_only_ratios_of_weights_count(round_: Federation, factor: float) -> None:
     scaled = Federation(round_.drawn, round_.adapters, tuple(factor * w for w in round_.weights))
     assert_same_updates(product_of("florist", round_), product_of("florist", scaled), round_)
-
-
-@pytest.mark.parametrize(
-    "rule", [*PRODUCT_RULES, "flora_na", "fedit", "hetlora", "raflora", "rbla", "lora_fair"]
-)
-@pytest.mark.parametrize(
-    "case", [case for case in FAMILY_CASES if case[1] in WORKING_DTYPES], ids=case_id
-)
-def test_families(rule: str, case: tuple[str, torch.dtype]) -> None:
-    """Reported errors are the dense ones and exact rules are exact, for every hard stack."""
-    name, dtype = case
-    family = FAMILIES[name]
-    if rule in AVERAGING_RULES and not family.equal_ranks:
-        with pytest.raises(flk.AdapterError, match="hetlora"):
-            of_batch(family.build(dtype)).aggregate(rule)
-        return
-    round_ = of_batch(family.build(dtype))
-    result = round_.aggregate(rule, **PRODUCT_RULES.get(rule, {}))
-    if rule in PRODUCT_RULES:
-        assert_ideal(result, round_)
-    assert_report(result, round_)
 
 
 @pytest.mark.parametrize("rule", flk.rules.names())
