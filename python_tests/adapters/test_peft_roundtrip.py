@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import EPS
-from federation import PRODUCT_RULES, norm
+from federation import FIXED_A, PRODUCT_RULES, norm
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
@@ -200,9 +200,7 @@ def assert_served(
     return result
 
 
-GLOBAL_RULES = [
-    rule for rule in flk.rules.names() if rule not in ("fedsa", "ffa", "rolora", "fedsvd")
-]
+GLOBAL_RULES = [rule for rule in flk.rules.names() if rule not in ("fedsa", *FIXED_A)]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
