@@ -605,15 +605,20 @@ def test_clients_on_disk_are_those_of_the_stacks(tmp_path: Path) -> None:
             assert torch.equal(pair.a, stacks.client_a[layer][k])
 
 
-def test_scale() -> None:
+def test_scale(tmp_path: Path) -> None:
     found = scale.measure(Setting(CPU, ROOF, True, Console(quiet=True)))
-    assert found["failed"] is False
+    assert found.pop("failed") is False
     assert found["stacked_rank"] == 640
     assert [row["rule"] for row in found["many"]] == ["fedit", "florist", "flexlora"]
     assert all(row["peak_bytes"] > 0 and row["share_of_floor"] > 0 for row in found["many"])
     assert {row["rule"] for row in found["arrivals"]} == {"fedit", "florist"}
     assert found["report"]["report_seconds"] > 0
     assert [curve["axis"] for curve in found["growth"]] == ["clients", "rank", "modules"]
+    results.write(tmp_path, CPU, results.document("scale", CPU, ROOF, found))
+    page = pages.filled("<!-- benchmark scale -->\n<!-- end -->", tmp_path, "a")
+    assert "40 clients, Llama-2-7B q_proj 2 x 48x40, 40 x 16, bf16: 225 kB of files" in page
+    assert page.count("| `fedit` | 1 | 25,000 | 225 kB |") == 1
+    assert page.count("| `fedit` | 4 | 1 |") == 1
 
 
 def test_an_optimum_that_is_missed_is_seen(tmp_path: Path) -> None:
