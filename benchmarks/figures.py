@@ -28,7 +28,7 @@ from benchmarks.stand.table import duration
 from integration.report import palette
 from integration.report.palette import BLUE, EDGE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILION
 
-PAGES = (Path("README.md"), Path("docs/performance.md"))
+PAGES = (Path("README.md"), Path("docs/performance.md"), Path("docs/scale.md"))
 
 LINES = {
     "stacked_svd": (INK, "o"),

@@ -1,4 +1,4 @@
-"""The measured parts of README.md and docs/performance.md, from the committed result files.
+"""The measured parts of README.md and pages of docs/, from the committed result files.
 
 A page says what it wants between two marks (integration/report/page_filler.py):
 
@@ -7,6 +7,9 @@ A page says what it wants between two marks (integration/report/page_filler.py):
 
     <!-- benchmark tables -->      every table and figure
     <!-- end -->
+
+    <!-- benchmark scale -->       the tables of many clients (benchmarks/scale_page.py)
+    <!-- end -->
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +17,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks import scale_page
 from benchmarks.stand import results
 from benchmarks.stand.table import duration
 from integration.report.page_filler import fill
 
-PARTS = ("claims", "tables")
+PARTS = ("claims", "tables", "scale")
 
 Suites = Mapping[str, Mapping[str, Any]]
 """suite -> result document of one device"""
@@ -50,6 +54,12 @@ def filled(page: str, folder: Path, root: str) -> str:
                     [f"{root}/{device}/figures/{path.name}" for path in drawn(folder / device)],
                 )
                 for device, suites in measured.items()
+            )
+        if name == "scale":
+            return "\n\n".join(
+                f"## Measured: {_device(suites)}\n\n{scale_page.tables(suites['scale'])}"
+                for suites in measured.values()
+                if "scale" in suites
             )
         raise ValueError(f"unknown part {name!r}; known: {', '.join(PARTS)}")
 

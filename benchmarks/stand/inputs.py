@@ -157,40 +157,51 @@ class Round:
         return split
 
 
+class Origin:
+    """What the clients of a case have in common, and each client's factors, one after the other."""
+
+    def __init__(self, case: Case) -> None:
+        self._case, self._family = case, FAMILIES[case.family]
+        self._generator = torch.Generator().manual_seed(case.seed)
+        widest = max(case.ranks)
+        self._bound = 1 / math.sqrt(case.n)
+        uniform = torch.rand(case.modules, widest, case.n, generator=self._generator)
+        self._start = (2 * uniform - 1) * self._bound
+        self._rotation = torch.linalg.qr(self._normal(widest, widest))[0].mT
+        self._common = self._family.common * self._normal(case.m, widest)
+        sizes = torch.logspace(0, widest - 1, widest, base=self._family.decay) * _SIZE_B
+        self._sizes = sizes / sizes.square().sum().sqrt() * _SIZE_B
+
+    def _normal(self, *size: int) -> Tensor:
+        return torch.randn(self._case.modules, *size, generator=self._generator)
+
+    def client(self, k: int) -> tuple[Tensor, Tensor]:
+        """B_k [L,m,r_k] and A_k [L,r_k,n], float32; to be asked for in the clients' order."""
+        case, family, rank = self._case, self._family, self._case.ranks[k]
+        growth = family.imbalance ** (k / max(1, case.clients - 1))
+        sign = -1.0 if family.flipped and k % 2 else 1.0
+        own = family.own * self._normal(case.m, max(case.ranks))
+        b = (sign * growth * ((self._common + own) * self._sizes)) @ self._rotation[:, :, :rank]
+        noise = family.drift * self._bound / math.sqrt(3) * self._normal(rank, case.n)
+        return b, sign * (self._start[:, :rank] + noise)
+
+
 def draw(case: Case, device: torch.device | str = "cpu") -> Stacks:
     """A round of the case's family; the same seed gives the same factors on every machine.
 
     Weights fall linearly from the first client to the last (2 : 1), scalings are alpha / r = 2.
     """
-    family = FAMILIES[case.family]
-    generator = torch.Generator().manual_seed(case.seed)
-    modules, m, n, widest = case.modules, case.m, case.n, max(case.ranks)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(modules, *size, generator=generator)
-
-    bound = 1 / math.sqrt(n)
-    start = (2 * torch.rand(modules, widest, n, generator=generator) - 1) * bound
-    rotation = torch.linalg.qr(normal(widest, widest))[0].mT
-    common = family.common * normal(m, widest)
-    sizes = torch.logspace(0, widest - 1, widest, base=family.decay) * _SIZE_B
-    sizes = sizes / sizes.square().sum().sqrt() * _SIZE_B
-
-    b = torch.empty(modules, m, case.stacked_rank, dtype=case.dtype)
-    a = torch.empty(modules, case.stacked_rank, n, dtype=case.dtype)
+    origin = Origin(case)
+    b = torch.empty(case.modules, case.m, case.stacked_rank, dtype=case.dtype)
+    a = torch.empty(case.modules, case.stacked_rank, case.n, dtype=case.dtype)
     first = 0
     for k, rank in enumerate(case.ranks):
         last = first + rank
-        growth = family.imbalance ** (k / max(1, case.clients - 1))
-        sign = -1.0 if family.flipped and k % 2 else 1.0
-        directions = (common + family.own * normal(m, widest)) * sizes
-        b[:, :, first:last] = (sign * growth * directions) @ rotation[:, :, :rank]
-        noise = family.drift * bound / math.sqrt(3) * normal(rank, n)
-        a[:, first:last] = sign * (start[:, :rank] + noise)
+        b[:, :, first:last], a[:, first:last] = origin.client(k)
         first = last
 
     weights = torch.linspace(2, 1, case.clients, dtype=torch.float64)
-    scalings = torch.full((modules, case.clients), 2.0, dtype=torch.float64)
+    scalings = torch.full((case.modules, case.clients), 2.0, dtype=torch.float64)
     return Stacks(
         case,
         b.to(device),

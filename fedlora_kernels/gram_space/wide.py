@@ -149,6 +149,11 @@ class OfUpdate(Spectrum):
         self.sigma[0, :count] = values[:count].sqrt()
         self._vectors = vectors[:, :count].clone()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the eigenvectors, too."""
+        return super().nbytes + self._vectors.nbytes
+
     @cached_property
     def pair(self) -> tuple[Tensor, Tensor]:
         """X [1,R,p] and Y [1,p,R]."""

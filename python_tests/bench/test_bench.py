@@ -33,7 +33,7 @@ from benchmarks.peers import (
     three_svds,
     two_roots,
 )
-from benchmarks.stand import correctness, inputs, memory, overhead, results, roofline
+from benchmarks.stand import clients, correctness, inputs, memory, overhead, results, roofline
 from benchmarks.stand.correctness import Check
 from benchmarks.stand.device import Device
 from benchmarks.stand.inputs import Round, Stacks
@@ -53,6 +53,7 @@ from benchmarks.suites import (
     gpu,
     gram,
     rank,
+    scale,
     scaling,
     short,
     spectrum,
@@ -588,6 +589,45 @@ def test_acceptance_and_figures(tmp_path: Path) -> None:
         pages.filled("no marks", tmp_path, "a")
     with pytest.raises(ValueError, match="unknown part 'more'"):
         pages.filled("<!-- benchmark more -->\n<!-- end -->", tmp_path, "a")
+
+
+def test_clients_on_disk_are_those_of_the_stacks(tmp_path: Path) -> None:
+    case = replace(SINGLE, dtype=torch.bfloat16)
+    stacks = inputs.draw(case)
+    folders = clients.write(tmp_path, case)
+    adapters = [flk.Adapter.load(folder) for folder in folders]
+    assert clients.folder_bytes(case) == stacks.nbytes == sum(x.bytes for x in adapters)
+    for layer in range(case.modules):
+        for k, adapter in enumerate(adapters):
+            pair = adapter.factors[clients.module_name(layer)]
+            assert pair.scaling == float(stacks.scalings[layer, k])
+            assert torch.equal(pair.b, stacks.client_b[layer][k])
+            assert torch.equal(pair.a, stacks.client_a[layer][k])
+
+
+def test_scale(tmp_path: Path) -> None:
+    found = scale.measure(Setting(CPU, ROOF, True, Console(quiet=True)))
+    assert found.pop("failed") is False
+    assert found["stacked_rank"] == 640
+    assert [row["rule"] for row in found["many"]] == ["fedit", "florist", "flexlora"]
+    assert all(row["peak_bytes"] > 0 and row["share_of_floor"] > 0 for row in found["many"])
+    assert {row["rule"] for row in found["arrivals"]} == {"fedit", "florist"}
+    assert found["report"]["report_seconds"] > 0
+    assert [curve["axis"] for curve in found["growth"]] == ["clients", "rank", "modules"]
+    results.write(tmp_path, CPU, results.document("scale", CPU, ROOF, found))
+    page = pages.filled("<!-- benchmark scale -->\n<!-- end -->", tmp_path, "a")
+    assert "40 clients, Llama-2-7B q_proj 2 x 48x40, 40 x 16, bf16: 225 kB of files" in page
+    assert page.count("| `fedit` | 1 | 25,000 | 225 kB |") == 1
+    assert page.count("| `fedit` | 4 | 1 |") == 1
+
+
+def test_an_optimum_that_is_missed_is_seen(tmp_path: Path) -> None:
+    folders = clients.write(tmp_path, scale.TINY)
+    round_ = flk.Round([flk.Adapter.load(folder) for folder in folders])
+    for rule, best in (("flexlora", True), ("fedit", False)):
+        round_.aggregate(rule, dtype=torch.float32).adapter.save(tmp_path / rule)
+        gap = scale.above_optimum(folders, tmp_path / rule, 1)
+        assert (abs(gap) <= scale.TOLERANCE) == best
 
 
 def test_growth(tmp_path: Path) -> None:
