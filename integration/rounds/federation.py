@@ -64,6 +64,12 @@ class Federation:
         clients = tuple(replace(client, tests=[]) for client in self.clients)
         return replace(self, settings=settings, task=task, test=test, clients=clients)
 
+    @property
+    def label(self) -> str:
+        """Names the trial, or the runs, at this learning rate: their clients keep nothing else."""
+        kind = "trial" if self.test is self.validation else "run"
+        return f"{kind} at {self.settings.learning_rate!r}"
+
     def questions(self, start: Score) -> list[dict[str, str]]:
         """The test examples whose generated texts are kept: the question, the data set's answer and
         what the start model wrote.
