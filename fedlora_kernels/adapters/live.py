@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedlora_kernels.adapters import keys, patterns, peft_format
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.kinds import experts
 from fedlora_kernels.adapters.peft_format import Config, listed
 
 _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
@@ -161,7 +162,7 @@ def _layers(model: nn.Module, name: str, who: str) -> dict[str, Any]:
                 f"{who}, module {module}: the layer's adapters are disabled, expected them in use; "
                 "leave the disable_adapter() block, or call enable_adapter_layers() first"
             )
-        found[module] = layer
+        found[_named(module, layer)] = layer
     return found
 
 
@@ -231,6 +232,12 @@ def _rescaled(
     }
     usual = Counter(alphas.values()).most_common(1)[0][0]
     return {**config, "lora_alpha": usual, "alpha_pattern": patterns.written(alphas, usual)}
+
+
+def _named(module: str, layer: Any) -> str:
+    """What rank_pattern calls a layer: its module, or the parameter that it wraps."""
+    parameter = getattr(layer, "parameter_name", None)
+    return module if parameter is None else f"{experts.wrapped(module)}.{parameter}"
 
 
 def _module(path: str, who: str) -> str:
