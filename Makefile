@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/CMakeLis
 		torch scipy-openblas64 scikit-build-core pybind11 cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 		-C cmake.define.FEDLORA_WERROR=ON \
-		-e '.[triton,jax,plot,integration,flower,tensorboard,bench,dev]'
+		-e '.[triton,jax,plot,integration,flower,nvflare,tensorboard,bench,dev]'
 	@touch $@
 
 # Waiting threads must not spin: on two shared cores that costs more than the work.

@@ -34,10 +34,13 @@ class Live:
     config: Config
     """the adapter's config, with the layers' scalings"""
 
+    def whole(self) -> dict[str, Tensor]:
+        """Whole tensors, the model's own where it is not sharded; a collective where it is."""
+        return {key: _whole(tensor.detach()) for key, tensor in self.state.items()}
+
     def copied(self) -> dict[str, Tensor]:
         """Whole tensors that no longer belong to the model; a collective where it is sharded."""
-        whole = {key: _whole(tensor.detach()) for key, tensor in self.state.items()}
-        return {key: tensor.clone() for key, tensor in whole.items()}
+        return {key: tensor.clone() for key, tensor in self.whole().items()}
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:
@@ -124,10 +127,12 @@ def _gathered(model: nn.Module, who: str, writing: bool) -> Iterator[None]:
     if fsdp is None:
         yield
         return
-    for module in model.modules():
+    flat = False
+    for module in model.modules():  # a walk takes milliseconds: one for both kinds
+        flat |= isinstance(module, fsdp.FullyShardedDataParallel)
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()  # the optimizer wrote to the shards
-    if not any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+    if not flat:
         yield
         return
     gather = fsdp.FullyShardedDataParallel.summon_full_params(model, writeback=writing)

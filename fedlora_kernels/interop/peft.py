@@ -23,7 +23,7 @@ from torch import Tensor
 from fedlora_kernels import ops, rules
 from fedlora_kernels._aggregate import aggregate
 from fedlora_kernels._aggregation import Aggregation
-from fedlora_kernels.adapters import keys, peft_format
+from fedlora_kernels.adapters import keys, live, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
@@ -231,7 +231,8 @@ def _source(model: Any, name: str) -> Adapter:
                 f"{name}: {field} is {value!r}: weights of any sum and sign do not average tensors "
                 "beside the factors; aggregate the adapters, or leave the field out"
             )
-    found = Adapter.from_model(model, name, name=name)
+    with live.opened(model, name, name) as there:  # read once and not kept: no copy
+        found = Adapter.from_state_dict(there.whole(), there.config, name=name)
     for module, item in found.factors.items():
         if item.kind not in (LAYER, EMBEDDING) or item.bias is not None:
             what = item.kind.told if item.bias is None else "lora_bias"
@@ -303,17 +304,18 @@ def _add(
     try:
         tuner.inject_adapter(tuner.model, name)
         for module, layer in _layers(tuner, name).items():
-            for side in (
-                layer.lora_A,
-                layer.lora_B,
-                layer.lora_embedding_A,
-                layer.lora_embedding_B,
-            ):
-                if name in side:
-                    held = getattr(side[name], "weight", side[name])
-                    held.data = held.data.to(made[module].b.dtype)
-                    held.requires_grad_(False)
-        Adapter(made, config).to_model(model, name)
+            item = made[module]
+            linear = name in layer.lora_A
+            a, b = (
+                (layer.lora_A[name].weight, layer.lora_B[name].weight)
+                if linear
+                else (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
+            )
+            for held, factor in ((a, item.a), (b, item.b)):
+                held.requires_grad_(False)
+                if held.dtype != factor.dtype:
+                    held.data = torch.empty_like(held, dtype=factor.dtype)
+                held.copy_(factor)
     except BaseException:
         tuner.delete_adapter(name)
         raise
@@ -396,7 +398,9 @@ def _whole(result: Aggregation) -> dict[str, Factors]:
 
 def _padded(made: Mapping[str, Factors], rank: int) -> dict[str, Factors]:
     """Zeros beside the factors, up to a rank."""
-    return {module: item.padded(rank) for module, item in made.items()}
+    return {
+        module: item if item.rank == rank else item.padded(rank) for module, item in made.items()
+    }
 
 
 def _linear(found: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Factors]:
