@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 COMPILED = {
     "fedlora_kernels/libfedlora.so",
     "fedlora_kernels/libfedlora_cpu.so",
+    "fedlora_kernels/libfedlora_jax.so",
     "fedlora_kernels/_numpy" + sysconfig.get_config_var("EXT_SUFFIX"),
 }
 
