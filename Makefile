@@ -23,11 +23,12 @@ EMULATED := build/emulated
 
 env: $(STAMP)
 
-# torch and the build tools come first so that the package itself needs no isolated build.
+# torch, jaxlib and the build tools come first: the package is built with their headers, and so needs
+# no isolated build.
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/CMakeLists.txt csrc/*/* csrc/*/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt \
-		torch scipy-openblas64 scikit-build-core pybind11 cmake ninja
+		torch jaxlib scipy-openblas64 scikit-build-core pybind11 cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 		-C cmake.define.FEDLORA_WERROR=ON \
 		-e '.[triton,jax,plot,integration,flower,nvflare,tensorboard,bench,dev]'
