@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters import agreement, extras, peft_format
+from fedlora_kernels.adapters import agreement, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.finite import all_finite
 from fedlora_kernels.adapters.kinds import table
 from fedlora_kernels.adapters.kinds.kind import LINEAR, Kind
+from fedlora_kernels.adapters.kinds.vera import PROJECTIONS
 from fedlora_kernels.arrivals import durable
 from fedlora_kernels.rules import Rule
 
@@ -296,7 +297,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _averaged(key: str, tensor: Tensor) -> bool:
-    return key not in extras.PROJECTIONS and tensor.is_floating_point()
+    return key not in PROJECTIONS and tensor.is_floating_point()
 
 
 def _sum(
