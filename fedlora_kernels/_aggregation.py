@@ -17,6 +17,7 @@ from fedlora_kernels.adapters.adapter import WRITTEN, Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.finite import finite
+from fedlora_kernels.adapters.kinds import vera
 from fedlora_kernels.adapters.kinds.embedding import EMBEDDING
 from fedlora_kernels.adapters.kinds.kind import Kind
 from fedlora_kernels.adapters.peft_format import label
@@ -272,7 +273,13 @@ class Work:
             rest = _finished(self._residuals, known, self._uniform_rank, tied)
             residual = Adapter(rest, peft_format.headless(_config(clients, rest, rslora=False)))
         if clients[0].vera:
-            adapter = _vera(clients, self._round.weights, beside)
+            config = clients[0].config if beside else peft_format.headless(clients[0].config)
+            adapter = Adapter(
+                {},
+                config,
+                vera=vera.mean(clients, self._round.weights),
+                extras={**beside, **vera.projections(clients[0])},
+            )
         else:
             flags = {bool(client.config.get("use_rslora")) for client in clients}
             config = _config(clients, factors, rslora=self._averaged and flags == {True})
@@ -287,7 +294,8 @@ class Work:
         a module without one adds zeros. A bias is of B: where clients keep their B, theirs stays.
         """
         clients, made = self._round.clients, self._factors
-        if not any(item.bias is not None for client in clients for item in client.factors.values()):
+        known = (item for client in clients if made for item in client.factors.values())
+        if all(item.bias is None for item in known):
             return made
         biased = {}
         for name, item in made.items():
@@ -408,18 +416,6 @@ def _finished(
     for name in of_tied:
         finished[name] = finished[name].padded(max(finished[other].rank for other in of_tied))
     return finished
-
-
-def _vera(clients: Sequence[Adapter], weights: Tensor, beside: Mapping[str, Tensor]) -> Adapter:
-    """The mean of lambda_d; lambda_b, which stays with the clients, is zero."""
-    first = clients[0]
-    vera = {}
-    for module, (lambda_b, lambda_d) in first.vera.items():
-        stacked = torch.stack([client.vera[module][1].double() for client in clients])
-        mean_d = (weights.to(stacked) @ stacked).to(lambda_d.dtype)
-        vera[module] = (torch.zeros_like(lambda_b), mean_d)
-    config = first.config if beside else peft_format.headless(first.config)
-    return Adapter({}, config, vera=vera, extras={**beside, **extras.projections(first)})
 
 
 def _config(

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters import extras, peft_format
+from fedlora_kernels.adapters import peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
+from fedlora_kernels.adapters.kinds import vera
 from fedlora_kernels.rules import Rule
 
 HEADS = ("average", "local")
@@ -54,7 +55,7 @@ class Delivery:
 
     def _extras(self, adapter: Adapter) -> dict[str, Tensor]:
         """The tensors beside the factors that are averaged."""
-        return {k: x for k, x in adapter.extras.items() if k not in extras.PROJECTIONS}
+        return {k: x for k, x in adapter.extras.items() if k not in vera.PROJECTIONS}
 
     @property
     def differs(self) -> bool:
@@ -81,9 +82,9 @@ class Delivery:
             config = {**self.adapter.config, **peft_format.head(client.config)}
             return Adapter(self.adapter.factors, config, extras=beside)
         if client.vera:
-            vera = {name: (b, self.adapter.vera[name][1]) for name, (b, _) in client.vera.items()}
-            beside = {**beside, **extras.projections(client)}
-            return Adapter({}, client.config, vera=vera, extras=beside)
+            vectors = vera.received(client.vera, self.adapter.vera)
+            beside = {**beside, **vera.projections(client)}
+            return Adapter({}, client.config, vera=vectors, extras=beside)
         adapt = _with_own_b if self.rule.personal else _leading
         factors = {
             module: adapt(self.adapter.factors[module], own)

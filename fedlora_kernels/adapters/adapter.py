@@ -18,11 +18,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedlora_kernels.adapters import folder, foreign, keys, live, mlx, pairs, peft_format
+from fedlora_kernels.adapters import (
+    folder,
+    foreign,
+    keys,
+    live,
+    mlx,
+    pairs,
+    peft_format,
+    refused,
+)
 from fedlora_kernels.adapters.error import AdapterError
-from fedlora_kernels.adapters.factors import Factors, fitted, of_vera
+from fedlora_kernels.adapters.factors import Factors, fitted
 from fedlora_kernels.adapters.finite import finite
 from fedlora_kernels.adapters.keys import PREFIX
+from fedlora_kernels.adapters.kinds import vera
 from fedlora_kernels.adapters.peft_format import (
     CONFIG_FILE,
     PICKLE_FILE,
@@ -53,7 +63,7 @@ class Adapter:
         config: Config,
         *,
         extras: Mapping[str, Tensor] | None = None,
-        vera: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        vera: vera.Vectors | None = None,
         name: str | None = None,
         source: Path | None = None,
     ) -> None:
@@ -68,7 +78,7 @@ class Adapter:
     @cached_property
     def factors(self) -> dict[str, Factors]:
         """Of VeRA, made when first asked for: averaging its vectors needs none of them."""
-        return of_vera(self.vera, self.extras)
+        return vera.pairs(self.vera, self.extras)
 
     @classmethod
     def load(cls, path: str | Path, *, pickled: bool = False) -> "Adapter":
@@ -174,7 +184,7 @@ class Adapter:
         source: Path | None = None,
     ) -> "Adapter":
         who = name or "adapter"
-        reason = peft_format.refusal(config) or peft_format.malformed(config)
+        reason = refused.reason(config) or peft_format.malformed(config)
         if reason is not None:
             raise AdapterError(f"{who}: {reason}")
         config = {**config, **_patterns(config)}
@@ -225,11 +235,14 @@ class Adapter:
                 del extras[key]
         _refuse_non_finite(who, tensors)
         factors = pairs.read(who, found, config, promised)
-        vera = {}
-        for module, sides in sorted(vectors.items()):
-            _require_both(who, module, sides, ("vera_lambda_b", "vera_lambda_d"))
-            vera[module] = (sides["b"], sides["d"])
-        return cls(factors, config, extras=extras, vera=vera, name=name, source=source)
+        return cls(
+            factors,
+            config,
+            extras=extras,
+            vera=vera.read(who, vectors),
+            name=name,
+            source=source,
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors under PEFT's saved keys."""
@@ -241,13 +254,7 @@ class Adapter:
         Args:
             sides: "both"; "a", A alone (of VeRA lambda_d); or "b", B alone (of VeRA lambda_b).
         """
-        tensors: dict[str, Tensor] = {}
-        for module, (lambda_b, lambda_d) in self.vera.items():
-            if sides != "a":
-                tensors[f"{PREFIX}{module}.vera_lambda_b"] = lambda_b
-            if sides != "b":
-                tensors[f"{PREFIX}{module}.vera_lambda_d"] = lambda_d
-        return tensors if self.vera else pairs.written(self.factors, sides)
+        return vera.written(self.vera, sides) if self.vera else pairs.written(self.factors, sides)
 
     def save(self, path: str | Path) -> None:
         """Write a PEFT adapter folder in one step: a crash leaves the old folder or the new one.
@@ -409,12 +416,3 @@ def _refuse_non_finite(who: str, tensors: Mapping[str, Tensor]) -> None:
             raise AdapterError(
                 f"{who}, module {module}: {bad} of {tensor.numel()} entries are NaN or Inf"
             )
-
-
-def _require_both(
-    who: str, module: str, sides: Mapping[str, Tensor], names: tuple[str, str]
-) -> None:
-    if len(sides) != 2:
-        have = names[0] if names[0][-1] in sides else names[1]
-        other = names[1] if have == names[0] else names[0]
-        raise AdapterError(f"{who}, module {module}: found {have} without {other}")

@@ -7,9 +7,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters import extras, keys, peft_format
+from fedlora_kernels.adapters import keys, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.kinds import vera
 from fedlora_kernels.adapters.kinds.kind import Kind
 from fedlora_kernels.adapters.peft_format import label
 
@@ -23,8 +24,9 @@ def check(adapters: Sequence[Adapter], *, same_base: bool = False) -> None:
 
     Raises:
         AdapterError: one folder named twice, configs that disagree (base model, task, VeRA's
-            projection key, ...), module names that do not belong to one base model, or VeRA's
-            projections that differ. The message names the client.
+            projection key, ...), layers of different kinds under one name, module names that do
+            not belong to one base model, or VeRA's projections or vectors that do not fit each
+            other. The message names the client.
     """
     seen: dict[object, int] = {}
     named = next((a for a in adapters if a.config.get("base_model_name_or_path")), adapters[0])
@@ -40,7 +42,7 @@ def check(adapters: Sequence[Adapter], *, same_base: bool = False) -> None:
             if problem is not None:
                 who = label(index, adapter.name)
                 raise AdapterError(f"{who}: {problem} as in {label(number, other.name)}")
-    extras.check_projections(adapters)
+    vera.check(adapters)
     _refuse_other_kinds(adapters)
     names(adapters)
 

@@ -8,10 +8,8 @@ from torch import Tensor
 from fedlora_kernels import ops
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.kinds.vera import PROJECTIONS
 from fedlora_kernels.adapters.peft_format import label
-
-PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
-"""PEFT's keys of VeRA's frozen projections: equal in all clients, not averaged."""
 
 
 def check(adapters: Sequence[Adapter]) -> None:
@@ -38,31 +36,6 @@ def check(adapters: Sequence[Adapter]) -> None:
                 raise AdapterError(
                     f"{who}, tensor {key}: shape {shape}, expected {expected} as in "
                     f"{label(0, adapters[0].name)}; heads='local' leaves it with the clients"
-                )
-
-
-def check_projections(adapters: Sequence[Adapter]) -> None:
-    """Refuse VeRA's clients whose frozen projections differ.
-
-    Raises:
-        AdapterError: names the client and the tensor.
-    """
-    first = adapters[0]
-    for index, adapter in enumerate(adapters):
-        if not (adapter.extras or first.extras):
-            continue
-        who = label(index, adapter.name)
-        for key in PROJECTIONS:
-            expected, found = first.extras.get(key), adapter.extras.get(key)
-            if (expected is None) != (found is None):
-                verb = "lacks" if found is None else "has an unexpected"
-                raise AdapterError(f"{who} {verb} tensor {key}")
-            if expected is None or found is None or found is expected:
-                continue
-            if found.shape != expected.shape or not torch.equal(found, expected):
-                raise AdapterError(
-                    f"{who}, tensor {key}: differs from that of {label(0, first.name)}; VeRA's "
-                    "projections are frozen and must be equal in all clients"
                 )
 
 
@@ -93,8 +66,3 @@ def frozen(key: str) -> bool:
     adapters of embeddings; VeRA's projections are looked at by themselves.
     """
     return ".base_layer." in key or key in PROJECTIONS
-
-
-def projections(adapter: Adapter) -> dict[str, Tensor]:
-    """VeRA's frozen projections, where the adapter's file has them."""
-    return {key: adapter.extras[key] for key in PROJECTIONS if key in adapter.extras}

@@ -1,6 +1,5 @@
 """Factors: one module's pair B, A with its scaling, and what can be done with the pair alone."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -89,25 +88,6 @@ class Factors:
         """Zeros beside the factors, up to a rank."""
         spare, pad = rank - self.rank, torch.nn.functional.pad
         return replace(self, b=pad(self.b, (0, spare)), a=pad(self.a, (0, 0, 0, spare)))
-
-
-def of_vera(
-    vera: Mapping[str, tuple[Tensor, Tensor]], extras: Mapping[str, Tensor]
-) -> dict[str, Factors]:
-    """VeRA as factors: diag(lambda_b) B and diag(lambda_d) A with the shared random projections.
-
-    PEFT cuts the projections to each module; a module's own width is not in the file, so A keeps
-    the projection's full width here.
-    """
-    shared_a, shared_b = extras.get("base_model.vera_A"), extras.get("base_model.vera_B")
-    if shared_a is None or shared_b is None:
-        return {}
-    return {
-        module: Factors(
-            lambda_b[:, None] * shared_b[: lambda_b.shape[0]], lambda_d[:, None] * shared_a, 1.0
-        )
-        for module, (lambda_b, lambda_d) in vera.items()
-    }
 
 
 def fitted(module: str, update: Factors | None, target: Factors) -> Factors:

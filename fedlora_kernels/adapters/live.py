@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora_kernels.adapters import keys, patterns, peft_format
+from fedlora_kernels.adapters import keys, patterns, peft_format, refused
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.kinds import experts
 from fedlora_kernels.adapters.peft_format import Config, listed
@@ -72,7 +72,7 @@ def opened(
     inner = _unwrapped(model, who)
     chosen = _chosen(inner, adapter_name, who)
     config = peft_format.plain(inner.peft_config[chosen])
-    reason = peft_format.refusal(config)
+    reason = refused.reason(config)
     if reason is not None:
         raise AdapterError(f"{who}: {reason}")
     with _gathered(model, who, writing):

@@ -22,16 +22,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
-# Config fields that turn B A into something that a pair of factors cannot carry.
-_UNREPRESENTABLE = {
-    "use_dora": "DoRA magnitudes rescale the whole weight",
-    "kasa_config": "KaSA multiplies by singular values of the base",
-    "use_bdlora": "block-diagonal LoRA constrains the factors",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "arrow_config": "Arrow routes between adapters",
-}
-# Initializations that also change the base weights, so that B A is not the whole update.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Config fields in which clients of one federation must agree, with PEFT's defaults: a version that
 # did not know a field did what the default does.
 _COMMON = {
@@ -75,24 +65,6 @@ def _json_value(value: object) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_value(item) for item in value]
     return value
-
-
-def refusal(config: Config) -> str | None:
-    """Why no rule can represent an adapter of this config, or None."""
-    kind = config.get("peft_type")
-    if kind not in ("LORA", "VERA"):
-        return f"peft_type is {kind!r}, expected 'LORA' or 'VERA'"
-    for field, reason in _UNREPRESENTABLE.items():
-        if config.get(field):
-            return f"{field} is set: {reason}, which no pair of factors represents"
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        return (
-            f"init_lora_weights={start!r} changed the base weights, so B A is not the whole "
-            "update; convert it first (save_pretrained with path_initial_model_for_weight_"
-            "conversion)"
-        )
-    return None
 
 
 def malformed(config: Config) -> str | None:

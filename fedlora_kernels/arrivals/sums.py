@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters import agreement, extras, peft_format
+from fedlora_kernels.adapters import agreement, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.finite import all_finite
 from fedlora_kernels.adapters.kinds import table
 from fedlora_kernels.adapters.kinds.kind import LINEAR, Kind
+from fedlora_kernels.adapters.kinds.vera import PROJECTIONS
 from fedlora_kernels.arrivals import durable
 from fedlora_kernels.rules import Rule
 
@@ -128,7 +129,7 @@ class Sums:
             beside={
                 key: _promoted(self.beside.get(key), tensor.dtype)
                 for key, tensor in client.extras.items()
-                if (heads == "average" or key in extras.PROJECTIONS)
+                if (heads == "average" or key in PROJECTIONS)
                 and (fresh or not extras.frozen(key) or _same(old.get(EXTRA + key), tensor))
             },
             config=client.config if fresh else self.config,

@@ -8,15 +8,12 @@ The report compares the clients' mean update, sum_k w_k s_k B_k A, with the idea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.rules._rule import Rule
 
 if TYPE_CHECKING:
-    from fedlora_kernels.adapters.adapter import Adapter
     from fedlora_kernels.gram_space.coefficients import Solution
     from fedlora_kernels.gram_space.grams import Grams
 
@@ -44,27 +41,3 @@ class FedSA(Rule):
 
         self.equal_rank(grams)
         return Solution(mean(grams))
-
-    def validate(self, adapters: Sequence[Adapter]) -> None:
-        """VeRA clients share one frozen projection and the shapes of both vectors.
-
-        Raises:
-            AdapterError: names the client and the module.
-        """
-        from fedlora_kernels.adapters.peft_format import label
-
-        first = adapters[0]
-        for index, adapter in enumerate(adapters):
-            who = label(index, adapter.name)
-            for module in sorted(adapter.vera.keys() ^ first.vera.keys()):
-                raise AdapterError(
-                    f"{who}, module {module}: only some clients have this VeRA module"
-                )
-            for module, (lambda_b, lambda_d) in adapter.vera.items():
-                expected = [list(vector.shape) for vector in first.vera[module]]
-                found = [list(lambda_b.shape), list(lambda_d.shape)]
-                if found != expected:
-                    raise AdapterError(
-                        f"{who}, module {module}: lambda_b and lambda_d have shapes {found}, "
-                        f"expected {expected} as in {label(0, first.name)}"
-                    )

@@ -110,7 +110,7 @@ def test_vera_makes_no_factors_before_the_report(monkeypatch: pytest.MonkeyPatch
         raise AssertionError("factors were made")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedlora_kernels.adapters.adapter.of_vera", refuse)
+        patch.setattr("fedlora_kernels.adapters.kinds.vera.pairs", refuse)
         result = flk.aggregate(clients, rule="fedsa")
         assert result.client_adapter(1).vera.keys() == clients[1].vera.keys()
         assert result.bytes_up == result.bytes_down
