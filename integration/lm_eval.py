@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from integration import files
-from integration.model.loading import folder
+from integration.model.loading import file_option, folder
 from integration.settings import SettingsError
 
 
@@ -35,7 +35,9 @@ def evaluate(out: Path, tasks: Sequence[str], limit: int | None = None) -> dict[
         raise SettingsError(
             f"{out} belongs to a model of random weights; expected a pretrained one"
         )
-    model = f"pretrained={folder(settings['model'])},peft={out}"
+    name = settings["model"]
+    options = {"pretrained": folder(name), "peft": out, **file_option(name)}
+    model = ",".join(f"{key}={value}" for key, value in options.items())
     found = simple_evaluate(model="hf", model_args=model, tasks=list(tasks), limit=limit)
     results: dict[str, Any] = files.finite(found["results"])
     text = json.dumps(results, indent=2, default=str, allow_nan=False)

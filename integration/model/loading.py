@@ -45,11 +45,6 @@ class Shipped:
     install: str = ""
     """What installs it."""
 
-    @property
-    def options(self) -> dict[str, str]:
-        """What from_pretrained gets beside the folder."""
-        return {"gguf_file": self.file} if self.file else {}
-
 
 PACKAGES = {
     "all-MiniLM-L6-v2": Shipped(
@@ -131,6 +126,12 @@ def folder(name: str) -> Path | str:
     return Path(spec.origin).parent / shipped.inside
 
 
+def file_option(name: str) -> dict[str, str]:
+    """What names the file of a model that is one: of those that packages ship, in GGUF form."""
+    file = None if Path(name).is_dir() or name not in PACKAGES else PACKAGES[name].file
+    return {"gguf_file": file} if file else {}
+
+
 def shape(name: str) -> Any:
     """The transformers config of a named shape, or of a config.json (or the folder it lies in)."""
     values = shape_values(name)
@@ -157,11 +158,8 @@ def shape_values(name: str) -> dict[str, Any]:
 
 
 def _read(kind: Any, name: str, **options: Any) -> Any:
-    source = str(folder(name))
-    if name in PACKAGES and source != name:
-        options |= PACKAGES[name].options
     try:
-        return kind.from_pretrained(source, **options)
+        return kind.from_pretrained(str(folder(name)), **file_option(name), **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
