@@ -33,6 +33,7 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("florist", {"energy": 1.0}),
     ("florist", {"rank_budget": 9}),
     ("fedex", {"residual_rank": 2}),
+    ("lora_a2", {"budget": 2}),
 ]
 IDS = [f"{name}-{options}" for name, options in RULES]
 WIDE = {"layers.0.q": (24, 16), "layers.1.q": (24, 16)}
