@@ -124,7 +124,7 @@ def _chosen(model: Any, adapter_name: str | None, who: str) -> str:
 def _gathered(model: nn.Module, who: str, writing: bool) -> Iterator[None]:
     """While the block runs, FSDP's flat parameters are whole and fully_shard's are DTensors."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a sharded model has imported it
-    if fsdp is None:
+    if fsdp is None or not torch.distributed.is_initialized():
         yield
         return
     flat = False

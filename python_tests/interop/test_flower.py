@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from federation import draw
+from vera import vera_clients
 
 import fedlora_kernels as flk
 
@@ -550,3 +551,57 @@ def test_the_order_of_the_nodes_changes_rounding_only(rule):
         assert (one.delta(module) - other.delta(module)).norm() <= 1e-4 * one.delta(module).norm()
         spare = (one.factors[module].b == 0).all(dim=0)
         assert torch.equal(one.factors[module].a[spare], other.factors[module].a[spare])
+
+
+# ---- VeRA --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("configs", [True, False], ids=["config", "no config"])
+def test_vera_shares_lambda_d(configs):
+    """FedSA-VeRA: lambda_d is averaged, every node keeps its own lambda_b."""
+    clients = vera_clients(projections=False)
+    weights = (3, 1, 2)
+
+    def answer(message):
+        k = NODES.index(message.metadata.dst_node_id)
+        said = {"adapter_config": json.dumps(clients[k].config)} if configs else {}
+        return content(clients[k], weights[k], **said)
+
+    made = strategy("fedsa")
+    grid, result = run(made, answer, clients[0], rounds=2)
+    assert not made.lost
+    for message in grid.sent[3:]:
+        k = NODES.index(message.metadata.dst_node_id)
+        found = from_arrays(message.content.array_records["arrays"])
+        own = clients[k].state_dict()
+        assert found.keys() == own.keys()
+        for key, tensor in found.items():
+            if key.endswith("lambda_b"):
+                assert torch.equal(tensor, own[key])
+            else:
+                terms = zip(weights, clients, strict=True)
+                mean = sum(w * client.state_dict()[key].double() for w, client in terms) / 6
+                torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-7)
+    assert result.train_metrics_clientapp[2]["clients"] == 3
+
+
+def test_vera_with_other_projections_is_lost():
+    """The clients' frozen matrices come from projection_prng_key, which must be one."""
+    clients = vera_clients(projections=False)
+
+    def answer(message):
+        k = NODES.index(message.metadata.dst_node_id)
+        config = {**clients[k].config, "projection_prng_key": 4 if k == 1 else 3}
+        return content(clients[k], 1, adapter_config=json.dumps(config))
+
+    made = strategy("fedsa")
+    run(made, answer, clients[0])
+    assert list(made.lost) == [12]
+    assert "projection_prng_key" in made.lost[12]
+
+
+@pytest.mark.parametrize("rule", ["fedit", "florist", "flexlora"])
+def test_other_rules_refuse_vera(rule):
+    clients = vera_clients(projections=False)
+    with pytest.raises(AggregationError, match="VeRA"):
+        run(strategy(rule), lambda m: content(clients[0]), clients[0])
