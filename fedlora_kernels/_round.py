@@ -83,6 +83,8 @@ class Round:
         agreement.check(self.clients, same_base=same_base)
         checks.precision(precision)
         self._absent, self._device, self._precision = absent, device, precision
+        self.renormalizes = absent == "renormalize"
+        """whether clients without a module count as if they were not there"""
         self._made: WeakSet[Grams] = WeakSet()
         if not self.clients[0].vera:  # of VeRA, factors are made only for who asks for them
             _ = self.grams

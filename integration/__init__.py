@@ -12,6 +12,7 @@ and is no part of the installed package.
 
     __main__.py   the command line
     compare.py    all rules and seeds through the same rounds
+    tuning.py     each rule's learning rate, chosen on a validation split
     plan.py       --dry-run: what a run would hold and move, without weights or data
     tiny.py       --tiny: the same run in miniature
     lm_eval.py    the language model evaluation harness on what a run has left

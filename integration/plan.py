@@ -142,6 +142,8 @@ def show(planned: Plan, console: Console) -> None:
         "work": f"{len(settings.rules)} rules x {settings.seeds} seeds x {settings.rounds} rounds "
         f"of {_span(steps)} steps of {settings.batch_size} examples",
     }
+    if rates := settings.learning_rates:
+        rows["before"] = f"as many rounds of every rule at {len(rates)} learning rates, one seed"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in rows.items():
         table.add_row(name, text)
@@ -152,7 +154,8 @@ def show(planned: Plan, console: Console) -> None:
         traffic.add_column(column, justify="left" if column == "rule" else "right")
     for item in planned.traffic:
         most = "<= " if item.bound else ""
-        whole = (item.up + item.down) * settings.rounds * settings.seeds
+        runs = settings.seeds + len(settings.learning_rates)
+        whole = (item.up + item.down) * settings.rounds * runs
         traffic.add_row(
             item.rule, f"{item.up / 1e6:.2f}", f"{most}{item.down / 1e6:.2f}", f"{whole / 1e9:.3f}"
         )
@@ -172,7 +175,7 @@ def _data(settings: Settings) -> tuple[str, list[int], int, LoadedTask]:
     examples where the sizes are published ones.
     """
     task = find_task(settings.task)
-    source = settings.task_options.get("source")
+    source = task.local(settings.data, settings.task_options).get("source")
     if task.row is None or (source and Path(source).exists()):
         loaded = load_task(settings)
         labels = [example.label for example in loaded.train]
@@ -188,7 +191,7 @@ def _data(settings: Settings) -> tuple[str, list[int], int, LoadedTask]:
     tests = min(settings.test_size, found.test or settings.test_size)
     labels = [label for label, count in enumerate(found.train) for _ in range(count)]
     spent = settings.shared_per_class * len(found.train) if task.kind == "classification" else 0
-    spent += 0 if found.test else tests
+    spent += settings.validation_size + (0 if found.test else tests)
     kept = min(len(labels) - spent, settings.train_size or len(labels))
     if kept < 1:
         raise SettingsError(f"{len(labels)} examples leave none for training; lower test_size")

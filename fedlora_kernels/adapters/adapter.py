@@ -9,7 +9,6 @@ Module names are the model's own, without PEFT's prefix "base_model.model.".
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedlora_kernels.adapters import folder, foreign, keys, live, mlx, peft_format
+from fedlora_kernels.adapters import folder, foreign, keys, live, mlx, pairs, peft_format
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors, fitted, of_vera
 from fedlora_kernels.adapters.finite import finite
@@ -140,7 +139,9 @@ class Adapter:
         """
         who = self.name or "adapter"
         with live.opened(model, adapter_name, who, writing=True) as found:
-            there = Adapter.from_state_dict(found.copied(), found.config)
+            # Its shapes only: a model whose training has diverged can be written to.
+            shapes = {key: torch.zeros_like(tensor) for key, tensor in found.copied().items()}
+            there = Adapter.from_state_dict(shapes, found.config)
             for module in sorted(self.factors.keys() ^ there.factors.keys()):
                 owner = "this adapter" if module in self.factors else "the model"
                 raise AdapterError(f"{who}, module {module}: only {owner} has factors for it")
@@ -177,9 +178,8 @@ class Adapter:
         if reason is not None:
             raise AdapterError(f"{who}: {reason}")
         config = {**config, **_patterns(config)}
-        pairs: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, dict[str, Tensor]] = {}
         vectors: dict[str, dict[str, Tensor]] = {}
-        embeddings: set[str] = set()
         alphas: dict[str, tuple[str, Tensor]] = {}
         extras: dict[str, Tensor] = {}
         for path, tensor in tensors.items():
@@ -207,27 +207,24 @@ class Adapter:
                     raise AdapterError(f"{who}, tensor {path}: {key} is there twice")
                 extras[key] = tensor
                 continue
-            sides = (vectors if factor.kind == "vera" else pairs).setdefault(factor.module, {})
+            sides = (vectors if factor.kind == "vera" else found).setdefault(factor.module, {})
             if factor.kind == "embedding":
-                embeddings.add(factor.module)
+                sides["embedding"] = tensor
             if factor.side in sides:  # under two prefixes, or as an embedding and as a linear layer
                 raise AdapterError(f"{who}, module {factor.module}: {path} is there twice")
             sides[factor.side] = tensor
-        if not pairs and not vectors:
+        if not found and not vectors:
             raise AdapterError(
                 f"{who}: holds no LoRA factors and no VeRA vectors under PEFT's names, found "
                 f"{peft_format.listed(sorted(tensors)) or 'no tensor'}"
             )
         promised = peft_format.Promised(config)
         for module, (key, alpha) in alphas.items():
-            if module in pairs:
+            if module in found:
                 _refuse_other_alpha(who, module, alpha, promised.alpha(module))
                 del extras[key]
         _refuse_non_finite(who, tensors)
-        factors = {
-            module: _factors(who, module, sides, promised, module in embeddings)
-            for module, sides in sorted(pairs.items())
-        }
+        factors = pairs.read(who, found, config, promised)
         vera = {}
         for module, sides in sorted(vectors.items()):
             _require_both(who, module, sides, ("vera_lambda_b", "vera_lambda_d"))
@@ -250,13 +247,7 @@ class Adapter:
                 tensors[f"{PREFIX}{module}.vera_lambda_b"] = lambda_b
             if sides != "b":
                 tensors[f"{PREFIX}{module}.vera_lambda_d"] = lambda_d
-        for module, factors in ({} if self.vera else self.factors).items():
-            begin, end = ("embedding_", "") if factors.embedding else ("", ".weight")
-            if sides != "b":
-                tensors[f"{PREFIX}{module}.lora_{begin}A{end}"] = factors.a
-            if sides != "a":
-                tensors[f"{PREFIX}{module}.lora_{begin}B{end}"] = factors.b
-        return tensors
+        return tensors if self.vera else pairs.written(self.factors, sides)
 
     def save(self, path: str | Path) -> None:
         """Write a PEFT adapter folder in one step: a crash leaves the old folder or the new one.
@@ -405,11 +396,6 @@ def _refuse_tensor(who: str, key: str, tensor: Tensor) -> None:
             f"{who}: {key}: DoRA magnitudes rescale the whole weight, which no pair of factors "
             "represents"
         )
-    if key.endswith(".lora_B.bias"):
-        raise AdapterError(
-            f"{who}: {key}: lora_bias adds a bias that is no part of B A, which no pair of factors "
-            "represents"
-        )
 
 
 def _refuse_non_finite(who: str, tensors: Mapping[str, Tensor]) -> None:
@@ -432,31 +418,3 @@ def _require_both(
         have = names[0] if names[0][-1] in sides else names[1]
         other = names[1] if have == names[0] else names[0]
         raise AdapterError(f"{who}, module {module}: found {have} without {other}")
-
-
-def _factors(
-    who: str,
-    module: str,
-    sides: Mapping[str, Tensor],
-    promised: peft_format.Promised,
-    embedding: bool,
-) -> Factors:
-    _require_both(who, module, sides, ("lora_A", "lora_B"))
-    a, b = sides["A"], sides["B"]
-    shapes = f"B {list(b.shape)} and A {list(a.shape)}"
-    if a.dim() == 4 or b.dim() == 4:
-        raise AdapterError(
-            f"{who}, module {module}: convolutions are not supported, found {shapes}"
-        )
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*b.shape, *a.shape):
-        raise AdapterError(f"{who}, module {module}: found {shapes}, expected [m,r] and [r,n]")
-    if not (a.is_floating_point() and b.is_floating_point()):
-        raise AdapterError(f"{who}, module {module}: factors are {b.dtype} and {a.dtype}")
-    expected = promised.rank(module)
-    if a.shape[0] != expected:
-        raise AdapterError(
-            f"{who}, module {module}: factors have rank {a.shape[0]}, its {CONFIG_FILE} says "
-            f"{expected}"
-        )
-    made = Factors(b, a, promised.scaling(module, a.shape[0]), embedding)
-    return replace(made, finite_at=made.version)

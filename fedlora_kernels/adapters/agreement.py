@@ -10,6 +10,7 @@ from torch import Tensor
 from fedlora_kernels.adapters import extras, keys, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.kinds.kind import Kind
 from fedlora_kernels.adapters.peft_format import label
 
 
@@ -40,7 +41,21 @@ def check(adapters: Sequence[Adapter], *, same_base: bool = False) -> None:
                 who = label(index, adapter.name)
                 raise AdapterError(f"{who}: {problem} as in {label(number, other.name)}")
     extras.check_projections(adapters)
+    _refuse_other_kinds(adapters)
     names(adapters)
+
+
+def _refuse_other_kinds(adapters: Sequence[Adapter]) -> None:
+    """One name, one kind of layer: a kernel of another size, or other experts, is refused."""
+    known: dict[str, tuple[Kind, int]] = {}
+    for index, adapter in enumerate(adapters):
+        for module, item in ({} if adapter.vera else adapter.factors).items():
+            kind, first = known.setdefault(module, (item.kind, index))
+            if item.kind is not kind and item.kind != kind:
+                raise AdapterError(
+                    f"{label(index, adapter.name)}, module {module}: found {item.kind.told}, "
+                    f"expected {kind.told} as in {label(first, adapters[first].name)}"
+                )
 
 
 def names(adapters: Sequence[Adapter]) -> None:

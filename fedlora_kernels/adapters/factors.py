@@ -1,7 +1,7 @@
 """Factors: one module's pair B, A with its scaling, and what can be done with the pair alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedlora_kernels import ops
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.kinds.kind import LINEAR, Kind
 
 
 class Layout(NamedTuple):
@@ -37,8 +38,10 @@ class Factors:
     """[r, n]"""
     scaling: float
     """alpha / r, or alpha / sqrt(r) with rsLoRA"""
-    embedding: bool = False
-    """saved as lora_embedding_A and lora_embedding_B; the weight is the update's transpose"""
+    kind: Kind = LINEAR
+    """how PEFT's file holds the pair"""
+    bias: Tensor | None = None
+    """[m], of lora_bias: the module adds scaling * bias"""
     finite_at: int = field(default=-1, repr=False, compare=False)
     """:attr:`version` when all entries were seen to be finite; -1 where nobody looked"""
 
@@ -46,7 +49,8 @@ class Factors:
     def version(self) -> int:
         """How often the tensors were written to; 0 where torch does not count (inference)."""
         try:
-            return self.b._version + self.a._version
+            of_bias = 0 if self.bias is None else self.bias._version
+            return self.b._version + self.a._version + of_bias
         except RuntimeError:
             return 0
 
@@ -71,8 +75,20 @@ class Factors:
 
     @property
     def bytes(self) -> int:
-        """Bytes of both factors."""
-        return self.a.nbytes + self.b.nbytes
+        """Bytes of both factors and the bias."""
+        return self.a.nbytes + self.b.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def rescaled(self, scaling: float) -> "Factors":
+        """The same update under another scaling: B and the bias take the ratio."""
+        ratio = self.scaling / scaling
+        b = (self.b.double() * ratio).to(self.b.dtype)
+        bias = None if self.bias is None else (self.bias.double() * ratio).to(self.bias.dtype)
+        return replace(self, b=b, bias=bias, scaling=scaling)
+
+    def padded(self, rank: int) -> "Factors":
+        """Zeros beside the factors, up to a rank."""
+        spare, pad = rank - self.rank, torch.nn.functional.pad
+        return replace(self, b=pad(self.b, (0, spare)), a=pad(self.a, (0, 0, 0, spare)))
 
 
 def of_vera(
@@ -97,7 +113,14 @@ def of_vera(
 def fitted(module: str, update: Factors | None, target: Factors) -> Factors:
     """``update`` in the rank, scaling and dtype of ``target``: see :meth:`Adapter.fit`."""
     if update is None:
-        return Factors(torch.zeros_like(target.b), target.a, target.scaling, target.embedding)
+        zero = None if target.bias is None else torch.zeros_like(target.bias)
+        return replace(target, b=torch.zeros_like(target.b), bias=zero, finite_at=-1)
+    if update.kind != target.kind or (update.bias is not None and target.bias is None):
+        raise AdapterError(
+            f"module {module}: the update is of kind {update.kind.name}"
+            f"{'' if update.bias is None else ' with lora_bias'}, the template's is of kind "
+            f"{target.kind.name}{'' if target.bias is None else ' with lora_bias'}"
+        )
     b, a = update.b, update.a
     if b.shape[0] != target.b.shape[0] or a.shape[1] != target.a.shape[1]:
         raise AdapterError(
@@ -125,4 +148,8 @@ def fitted(module: str, update: Factors | None, target: Factors) -> Factors:
     idle = (a == 0).all(dim=1) & (b == 0).all(dim=0)
     if bool(idle.any()):  # zero beside zero gets no gradient
         a = torch.where(idle[:, None], target.a, a)
-    return Factors(b, a, target.scaling, target.embedding)
+    bias = target.bias
+    if bias is not None:
+        given = torch.zeros_like(bias) if update.bias is None else update.bias
+        bias = (given.double() * ratio).to(bias)
+    return replace(target, b=b, a=a, bias=bias, finite_at=-1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedlora_kernels.adapters import keys, patterns, peft_format
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.kinds import experts
 from fedlora_kernels.adapters.peft_format import Config, listed
 
 _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
@@ -33,10 +34,13 @@ class Live:
     config: Config
     """the adapter's config, with the layers' scalings"""
 
+    def whole(self) -> dict[str, Tensor]:
+        """Whole tensors, the model's own where it is not sharded; a collective where it is."""
+        return {key: _whole(tensor.detach()) for key, tensor in self.state.items()}
+
     def copied(self) -> dict[str, Tensor]:
         """Whole tensors that no longer belong to the model; a collective where it is sharded."""
-        whole = {key: _whole(tensor.detach()) for key, tensor in self.state.items()}
-        return {key: tensor.clone() for key, tensor in whole.items()}
+        return {key: tensor.clone() for key, tensor in self.whole().items()}
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:
@@ -123,10 +127,12 @@ def _gathered(model: nn.Module, who: str, writing: bool) -> Iterator[None]:
     if fsdp is None:
         yield
         return
-    for module in model.modules():
+    flat = False
+    for module in model.modules():  # a walk takes milliseconds: one for both kinds
+        flat |= isinstance(module, fsdp.FullyShardedDataParallel)
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()  # the optimizer wrote to the shards
-    if not any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+    if not flat:
         yield
         return
     gather = fsdp.FullyShardedDataParallel.summon_full_params(model, writeback=writing)
@@ -161,7 +167,7 @@ def _layers(model: nn.Module, name: str, who: str) -> dict[str, Any]:
                 f"{who}, module {module}: the layer's adapters are disabled, expected them in use; "
                 "leave the disable_adapter() block, or call enable_adapter_layers() first"
             )
-        found[module] = layer
+        found[_named(module, layer)] = layer
     return found
 
 
@@ -231,6 +237,12 @@ def _rescaled(
     }
     usual = Counter(alphas.values()).most_common(1)[0][0]
     return {**config, "lora_alpha": usual, "alpha_pattern": patterns.written(alphas, usual)}
+
+
+def _named(module: str, layer: Any) -> str:
+    """What rank_pattern calls a layer: its module, or the parameter that it wraps."""
+    parameter = getattr(layer, "parameter_name", None)
+    return module if parameter is None else f"{experts.wrapped(module)}.{parameter}"
 
 
 def _module(path: str, who: str) -> str:

@@ -6,6 +6,7 @@ layers' ``scaling``) so that an adapter reloads with exactly the update it had.
 
 import math
 import re
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -24,8 +25,6 @@ PICKLE_FILE = "adapter_model.bin"
 # Config fields that turn B A into something that a pair of factors cannot carry.
 _UNREPRESENTABLE = {
     "use_dora": "DoRA magnitudes rescale the whole weight",
-    "lora_bias": "lora_bias adds a bias that is no part of B A",
-    "target_parameters": "adapters on parameters instead of modules have no factor pair per module",
     "kasa_config": "KaSA multiplies by singular values of the base",
     "use_bdlora": "block-diagonal LoRA constrains the factors",
     "monteclora_config": "MonteCLoRA samples its factors",
@@ -102,7 +101,7 @@ def malformed(config: Config) -> str | None:
     if not _is_rank(rank):
         return f"r is {rank!r}, expected a whole number of at least 1"
     if config["peft_type"] == "LORA" and not _is_alpha(alpha):
-        return f"lora_alpha is {alpha!r}, expected a finite number"
+        return f"lora_alpha is {reprlib.repr(alpha)}, expected a finite number"
     heads = config.get("modules_to_save") or []
     if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
         return f"modules_to_save is {heads!r}, expected a list of names"
@@ -146,6 +145,9 @@ def disagreement(first: Config, other: Config, *, same_base: bool = False) -> st
         one, two = (default if value is None else value for value in (one, two))
         return None if one == two else f"{field} is {two!r}, expected {one!r}"
 
+    both = [sorted(config.get("target_parameters") or ()) for config in (first, other)]
+    if both[0] != both[1]:
+        return f"target_parameters is {both[1]}, expected {both[0]}"
     bases = (first.get("base_model_name_or_path"), other.get("base_model_name_or_path"))
     if not same_base:
         if not base_model.same(*bases):
@@ -191,7 +193,11 @@ class Promised:
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, with the module's own alpha."""
-        return self.alpha(module) / (math.sqrt(rank) if self._rslora else rank)
+        return self.scaled(self.alpha(module), rank)
+
+    def scaled(self, alpha: float, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return alpha / (math.sqrt(rank) if self._rslora else rank)
 
 
 def result_config(
@@ -200,7 +206,7 @@ def result_config(
     scalings: Mapping[str, float],
     rslora: bool,
     *,
-    own_targets: bool = False,
+    targets: Sequence[str] | None = None,
 ) -> Config:
     """The config of an adapter with these ranks and scalings, the rest taken from a client's.
 
@@ -209,11 +215,11 @@ def result_config(
 
     Args:
         start: the client's.
-        ranks: module -> rank.
-        scalings: module -> scaling.
+        ranks: module, or parameter, -> rank.
+        scalings: the same -> scaling.
         rslora: whether alpha is divided by sqrt(rank).
-        own_targets: whether the client's own fields name exactly these modules; else they are
-            listed by their full names.
+        targets: the modules to list by their full names; None where the client's own fields name
+            exactly these.
     """
     alphas = {
         module: _tidy(scalings[module] * (math.sqrt(rank) if rslora else rank))
@@ -231,8 +237,8 @@ def result_config(
         init_lora_weights=True,
         modules_to_save=sorted(set(start.get("modules_to_save") or ())) or None,
     )
-    if not own_targets:
-        config.update(dict.fromkeys(_TARGETS), target_modules=sorted(ranks))
+    if targets is not None:
+        config.update(dict.fromkeys(_TARGETS), target_modules=sorted(targets))
     for field in ("eva_config", "corda_config", "lora_ga_config"):
         if field in config:
             config[field] = None
@@ -265,6 +271,11 @@ def _listed(config: Config, field: str) -> Any:
     """A field whose lists have no order."""
     value = config.get(field)
     return sorted(map(str, value)) if isinstance(value, list) else value
+
+
+def targeted(config: Config, module: str) -> bool:
+    """Whether target_modules of a config names a module."""
+    return _targeted(config.get("target_modules"), module)
 
 
 def _targeted(targets: object, module: str) -> bool:

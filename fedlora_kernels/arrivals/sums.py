@@ -22,11 +22,13 @@ from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.finite import all_finite
+from fedlora_kernels.adapters.kinds import table
+from fedlora_kernels.adapters.kinds.kind import LINEAR, Kind
 from fedlora_kernels.arrivals import durable
 from fedlora_kernels.rules import Rule
 
 TABLE = "table.json"
-B, A, LAMBDA, EXTRA = "B ", "A ", "lambda_d ", "beside "
+B, A, BIAS, LAMBDA, EXTRA = "B ", "A ", "bias ", "lambda_d ", "beside "
 """what the names of tensors start with; a module's or an extra's own name follows"""
 
 
@@ -45,7 +47,9 @@ class Row:
     """whether all clients have this scaling, and the rule keeps it"""
     weight: float
     """of the clients that have the module, in units of 2^unit"""
-    embedding: bool = False
+    kind: Kind = LINEAR
+    bias: bool = False
+    """whether some client has a lora_bias"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ class Sums:
         """The sums that :meth:`plus` wrote; they stay on the disk."""
         fields = json.loads((folder / TABLE).read_text(encoding="utf-8"))
         for name in ("modules", "vera"):
-            fields[name] = {module: Row(**row) for module, row in fields[name].items()}
+            fields[name] = {
+                module: Row(**{**row, "kind": table.restored(row["kind"])})
+                for module, row in fields[name].items()
+            }
         return cls(folder, **fields)
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -140,7 +147,10 @@ class Sums:
             durable.write_tensors(place, made._sums(old, client, share, rule, who), room)
             fields = {key: value for key, value in vars(made).items() if key != "folder"}
             for name in ("modules", "vera"):
-                fields[name] = {module: asdict(row) for module, row in fields[name].items()}
+                fields[name] = {
+                    module: {**asdict(row), "kind": table.plain(row.kind)}
+                    for module, row in fields[name].items()
+                }
             (place / TABLE).write_text(json.dumps(fields), encoding="utf-8")
         return made
 
@@ -150,13 +160,17 @@ class Sums:
         for module, row in self.modules.items():
             pair = client.factors.get(module)
             if pair is None:
-                sides = (B + module, A + module)
+                sides = (B + module, A + module, BIAS + module)
                 yield from ((name, old[name]) for name in sides if name in old)
                 continue
             where = f"{who}, module {module}"
             if rule.sends != "a":
                 shape, term = (row.rows, row.rank), share * pair.scaling
                 yield B + module, _sum(old.get(B + module), pair.b, term, shape, where)
+            if row.bias:
+                own = pair.b.new_zeros(row.rows) if pair.bias is None else pair.bias
+                term = share * pair.scaling
+                yield BIAS + module, _sum(old.get(BIAS + module), own, term, own.shape, where)
             if rule.sends == "b":  # one A in all clients, which is no sum
                 yield A + module, old.get(A + module, _own(pair.a))
             else:
@@ -188,7 +202,7 @@ class Sums:
         for module, row in self.modules.items():
             b = zero.expand(row.rows, row.rank)
             a = old[A + module] if rule.sends == "b" else zero.expand(row.rank, row.columns)
-            factors[module] = Factors(b, a, row.scaling, row.embedding)
+            factors[module] = Factors(b, a, row.scaling, row.kind)
         vera = {
             module: (zero.expand(row.rows), zero.expand(row.rank))
             for module, row in self.vera.items()
@@ -224,7 +238,10 @@ class Sums:
             else:
                 b = old[B + module] / all_of_them / scaling
             pair = (_rounded(b, kind, module), _rounded(a, kind, module))
-            factors[module] = Factors(*pair, scaling, row.embedding)
+            bias = None
+            if row.bias:
+                bias = _rounded(old[BIAS + module] / all_of_them / scaling, kind, module)
+            factors[module] = Factors(*pair, scaling, row.kind, bias)
         for module, row in self.vera.items():
             mean_d = _rounded(old[LAMBDA + module] / self.weight, _dtype(row.dtype), module)
             vera[module] = (torch.zeros(row.rows, dtype=mean_d.dtype), mean_d)
@@ -264,7 +281,8 @@ def _rows(
             scaling=before.scaling if before else pair.scaling,
             common=common and (before is None or before.scaling == pair.scaling),
             weight=share + (before.weight if before else 0.0),
-            embedding=pair.embedding or (before is not None and before.embedding),
+            kind=pair.kind,
+            bias=pair.bias is not None or (before is not None and before.bias),
         )
     return dict(sorted(rows.items()))
 

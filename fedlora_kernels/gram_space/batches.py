@@ -93,8 +93,12 @@ class Batch:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The K clients as messages name them."""
-        return tuple(map(label, self.clients, self.names))
+        """The K clients as messages name them, and what was carried from the last round."""
+        carried = self.federation - self.joined
+        return tuple(
+            "the carried adapter" if k >= carried else label(k, name)
+            for k, name in zip(self.clients, self.names, strict=True)
+        )
 
     @property
     def list_b(self) -> list[Tensor]:

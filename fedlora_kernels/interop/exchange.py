@@ -438,9 +438,11 @@ def difference(
 def _shape(name: str, tensor: Tensor, free_rank: bool) -> tuple[int, ...]:
     """The shape, of a factor without its rank where that is free."""
     factor = keys.factor(name)
-    if not free_rank or factor is None or factor.kind == "vera" or tensor.dim() != 2:
+    ranked = factor is not None and factor.side in ("A", "B") and tensor.dim() >= 2
+    if not free_rank or factor is None or not ranked:
         return tuple(tensor.shape)
-    return (2, tensor.shape[1 if factor.side == "A" else 0])
+    rank = 0 if factor.side == "A" else 1
+    return (*tensor.shape[:rank], -1, *tensor.shape[rank + 1 :])
 
 
 def _commonest(replies: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -470,7 +472,9 @@ def _assumed(tensors: Mapping[str, Tensor]) -> Config:
     if not ranks:
         return {"peft_type": "LORA"}
     scalings = dict.fromkeys(ranks, 1.0)
-    return peft_format.result_config({"peft_type": "LORA"}, ranks, scalings, rslora=False)
+    return peft_format.result_config(
+        {"peft_type": "LORA"}, ranks, scalings, rslora=False, targets=list(ranks)
+    )
 
 
 def _lora(config: Config) -> Config:

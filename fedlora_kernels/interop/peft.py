@@ -23,11 +23,13 @@ from torch import Tensor
 from fedlora_kernels import ops, rules
 from fedlora_kernels._aggregate import aggregate
 from fedlora_kernels._aggregation import Aggregation
-from fedlora_kernels.adapters import keys, peft_format
+from fedlora_kernels.adapters import keys, live, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.finite import finite
+from fedlora_kernels.adapters.kinds.embedding import EMBEDDING
+from fedlora_kernels.adapters.kinds.kind import LINEAR as LAYER
 
 LINEAR = "linear"
 """PEFT's mixture of the factors themselves, which is no rule of a federation."""
@@ -149,7 +151,13 @@ def hotswap(model: Any, adapter: Adapter, adapter_name: str = "default") -> None
     if adapter.vera:
         raise AdapterError(f"{who}: hotswap() takes LoRA factors, found VeRA vectors")
     layers = _layers(tuner, adapter_name)
-    for module in adapter.factors:
+    for module, own in adapter.factors.items():
+        if own.kind != LAYER or own.bias is not None:
+            what = own.kind.told if own.bias is None else "lora_bias"
+            raise AdapterError(
+                f"{who}, module {module}: found {what}, hotswap() takes linear layers alone; save "
+                "the adapter and load it with PeftModel.load_adapter"
+            )
         if module not in layers:
             raise AdapterError(f"{who}, module {module}: the model's adapter has no such module")
     for module, layer in layers.items():
@@ -172,7 +180,7 @@ def hotswap(model: Any, adapter: Adapter, adapter_name: str = "default") -> None
             scalings[module] = float(layer.scaling[adapter_name])
     live = tuner.peft_config[adapter_name]
     config = peft_format.result_config(
-        peft_format.plain(live), ranks, scalings, bool(live.use_rslora), own_targets=True
+        peft_format.plain(live), ranks, scalings, bool(live.use_rslora)
     )
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         setattr(live, field, config[field])
@@ -223,7 +231,16 @@ def _source(model: Any, name: str) -> Adapter:
                 f"{name}: {field} is {value!r}: weights of any sum and sign do not average tensors "
                 "beside the factors; aggregate the adapters, or leave the field out"
             )
-    return Adapter.from_model(model, name, name=name)
+    with live.opened(model, name, name) as there:  # read once and not kept: no copy
+        found = Adapter.from_state_dict(there.whole(), there.config, name=name)
+    for module, item in found.factors.items():
+        if item.kind not in (LAYER, EMBEDDING) or item.bias is not None:
+            what = item.kind.told if item.bias is None else "lora_bias"
+            raise AdapterError(
+                f"{name}, module {module}: found {what}, expected linear layers and embeddings; "
+                "save the adapters, aggregate the folders and load the result"
+            )
+    return found
 
 
 def _ranks(tuner: Any, adapters: Sequence[str]) -> list[int]:
@@ -280,24 +297,25 @@ def _add(
     """The factors as a new adapter of the model, frozen, under a config like the others'."""
     ranks = {module: item.rank for module, item in made.items()}
     scalings = {module: item.scaling for module, item in made.items()}
-    config = peft_format.result_config(config, ranks, scalings, rslora=False)
+    config = peft_format.result_config(config, ranks, scalings, rslora=False, targets=list(made))
     fields = {field: config.get(field) for field in CONFIGURED}
     tuner = model.base_model
     tuner.peft_config[name] = replace(like, **fields)
     try:
         tuner.inject_adapter(tuner.model, name)
         for module, layer in _layers(tuner, name).items():
-            for side in (
-                layer.lora_A,
-                layer.lora_B,
-                layer.lora_embedding_A,
-                layer.lora_embedding_B,
-            ):
-                if name in side:
-                    held = getattr(side[name], "weight", side[name])
-                    held.data = held.data.to(made[module].b.dtype)
-                    held.requires_grad_(False)
-        Adapter(made, config).to_model(model, name)
+            item = made[module]
+            linear = name in layer.lora_A
+            a, b = (
+                (layer.lora_A[name].weight, layer.lora_B[name].weight)
+                if linear
+                else (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
+            )
+            for held, factor in ((a, item.a), (b, item.b)):
+                held.requires_grad_(False)
+                if held.dtype != factor.dtype:
+                    held.data = torch.empty_like(held, dtype=factor.dtype)
+                held.copy_(factor)
     except BaseException:
         tuner.delete_adapter(name)
         raise
@@ -380,12 +398,8 @@ def _whole(result: Aggregation) -> dict[str, Factors]:
 
 def _padded(made: Mapping[str, Factors], rank: int) -> dict[str, Factors]:
     """Zeros beside the factors, up to a rank."""
-    pad = torch.nn.functional.pad
     return {
-        module: replace(
-            item, b=pad(item.b, (0, rank - item.rank)), a=pad(item.a, (0, 0, 0, rank - item.rank))
-        )
-        for module, item in made.items()
+        module: item if item.rank == rank else item.padded(rank) for module, item in made.items()
     }
 
 
@@ -411,5 +425,5 @@ def _linear(found: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Fac
         a = ops.weighted_sum(
             torch.stack([item.a for _, item, _ in present])[None], roots * terms.sign().to(roots)
         )[0]
-        made[module] = Factors(b, a, 1.0, first.embedding)
+        made[module] = Factors(b, a, 1.0, first.kind)
     return made

@@ -383,6 +383,77 @@ def fedsvd(
     return left[:, :rank] * values[:rank], right[:rank]
 
 
+def lora_a2(
+    modules: Sequence[tuple[Factors, Factors, Numbers, Numbers]],
+    lasts: Sequence[torch.Tensor | None],
+    budget: int,
+    side: str = "b",
+) -> tuple[torch.Tensor, ...]:
+    """LoRA-A2 (arXiv 2410.22815): of each client the ranks that change its update most.
+
+    ``side`` is the factor that was trained, of which ``lasts`` holds the last global one, its
+    scaling inside; None is zero. Client k's change is s_k B_k A_k less the same with the last
+    factor, a sum of rank-1 terms over all modules: budget terms per module stay, the largest first,
+    and the others are what they were.
+    """
+    kept = []
+    for k in range(len(modules[0][3])):
+        terms = []
+        for (bs, as_, scalings, _), last in zip(modules, lasts, strict=True):
+            trained, other = (bs, as_) if side == "b" else (as_, bs)
+            change = scalings[k] * trained[k].double()
+            change = change if last is None else change - last.double()
+            for rank in range(bs[k].shape[1]):
+                if side == "b":
+                    term = torch.outer(change[:, rank], other[k][rank].double())
+                else:
+                    term = torch.outer(other[k][:, rank].double(), change[rank])
+                terms.append(float(term.norm()))
+        order = sorted(range(len(terms)), key=lambda place: -terms[place])
+        kept.append(set(order[: budget * len(modules)]))
+    updates, begin = [], 0
+    for (bs, as_, scalings, weights), last in zip(modules, lasts, strict=True):
+        rank = bs[0].shape[1]
+        update = torch.zeros(bs[0].shape[0], as_[0].shape[1], dtype=torch.float64)
+        for k, weight in enumerate(weights):
+            trained, other = (bs, as_) if side == "b" else (as_, bs)
+            mine = scalings[k] * trained[k].double()
+            before = torch.zeros_like(mine) if last is None else last.double()
+            chosen = torch.tensor([begin + i in kept[k] for i in range(rank)])
+            mine = torch.where(chosen if side == "b" else chosen[:, None], mine, before)
+            both = (mine, other[k].double()) if side == "b" else (other[k].double(), mine)
+            update += weight * (both[0] @ both[1])
+        updates.append(update)
+        begin += rank
+    return tuple(updates)
+
+
+def florg(
+    bs: Factors,
+    as_: Factors,
+    scalings: Numbers,
+    weights: Numbers,
+    last: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FLoRG (arXiv 2602.17095): the update and A, from the n x n matrix sum_k w_k A_k^T A_k.
+
+    A = P L_r^(1/2) V_r^T of its r leading eigenvectors, P the orthogonal matrix for which
+    ||A - last|| is least, and the update is dW V_r V_r^T. Weights count by their ratios in A.
+    """
+    rank, total = len(as_[0]), sum(weights) or 1.0
+    shares = [w / total for w in weights]
+    gram = _mean([a.double().mT @ a.double() for a in as_], shares)
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values[-rank:].clamp_min(0), vectors[:, -rank:]
+    a = torch.zeros(rank, len(gram), dtype=torch.float64)
+    a[: len(values)] = values.sqrt()[:, None] * vectors.mT
+    if last is not None:
+        left, _, right = torch.linalg.svd(last.double() @ a.mT)
+        a = left @ right @ a
+    update = ideal_update(bs, as_, scalings, weights)
+    return torch.linalg.multi_dot([update, vectors, vectors.mT]), a
+
+
 def truncate(dense: torch.Tensor, p: int) -> torch.Tensor:
     """Best rank-p approximation in the Frobenius norm (Eckart and Young, 1936), by a dense SVD."""
     left, values, right = torch.linalg.svd(dense.double(), full_matrices=False)

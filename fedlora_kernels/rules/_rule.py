@@ -207,6 +207,18 @@ class Rule:
                     who, grams.modules[0], rank, grams.labels[0], grams.ranks[0]
                 )
 
+    def carried_rank(self, grams: Grams) -> None:
+        """Refuse a carried adapter of another rank than the clients'.
+
+        Raises:
+            AdapterError: names the module.
+        """
+        if grams.ranks[-1] != grams.ranks[0]:
+            raise AdapterError(
+                f"{grams.labels[-1]}, module {grams.modules[0]}: rank {grams.ranks[-1]}, expected "
+                f"{grams.ranks[0]} as in {grams.labels[0]}; start without carried"
+            )
+
     def common_a(self, adapters: Sequence[Adapter]) -> None:
         """Refuse clients whose A differs from the first client's (they trained or drew their own).
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.rules._rule import Rule, option
 
 if TYPE_CHECKING:
@@ -62,11 +61,7 @@ class FedRot(Rule):
         if count in (0, len(grams.ranks)):  # the last global adapter, or all clients, lack these
             return Solution(averages)
         rank = grams.ranks[0]
-        if grams.ranks[-1] != rank:
-            raise AdapterError(
-                f"the carried adapter, module {grams.modules[0]}: rank {grams.ranks[-1]}, expected "
-                f"{rank} as in {grams.labels[0]}; start without carried"
-            )
+        self.carried_rank(grams)
         products = (grams.b if self.rounds % 2 else grams.a)[:, : count * rank, count * rank :]
         turned = self._rotations(products.unflatten(1, (count, rank)))
         scaled = (averages.scaling[:, None] * averages.q)[:, :count, None, None] * turned

@@ -65,19 +65,20 @@ class RoLoRA(Rule):
             AdapterError: clients' ranks differ, or neither factor is common; names the client and
                 the module.
         """
-        odd: dict[str, AdapterError] = {}
+        odd: dict[str, tuple[int, str]] = {}
         for grams in every:
             self.equal_rank(grams)
             for side, other in (("a", "b"), ("b", "a")):
                 index = None if side in odd else self._odd_one(grams, side)
                 if index is not None:
-                    odd[side] = AdapterError(
+                    said = (
                         f"{grams.batch.where(index)}: {side.upper()} differs from "
                         f"{grams.labels[0]}'s, and {other.upper()} is not common to all either; "
                         f"{self.name} expects clients that trained one factor and share the other"
                     )
-        if len(odd) == 2:
-            raise odd["a"]
+                    odd[side] = (index % len(grams.ranks), said)
+        if len(odd) == 2:  # the factor that more of the clients share
+            raise AdapterError(max(odd["a"], odd["b"], key=lambda found: found[0])[1])
         return replace(self, fixed="b" if "a" in odd else "a")
 
     def _odd_one(self, grams: Grams, side: str) -> int | None:

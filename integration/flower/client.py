@@ -44,10 +44,10 @@ def train(message: Message, context: Context) -> Message:
 
     round_: dict[str, Any] = dict(message.content.config_records["round"])
     place = _place(round_["settings"])
-    federation = place.federation.with_seed(round_["seed"])
+    federation = place.federation.with_seed(round_["seed"]).at(round_["learning-rate"])
     number, trains = round_["number"], round_["trains"]
     client = federation.clients[int(context.node_config[CLIENT])]
-    kept = _Kept(context.state, round_["seed"], round_["rule"])
+    kept = _Kept(context.state, round_["label"], round_["seed"], round_["rule"])
     kept.receive(message.content, round_["merged-before"])
     place.merge(kept, federation.model)
     device = federation.model.device
@@ -111,15 +111,17 @@ def _place(settings: str) -> _Place:
 class _Kept:
     """The node's records of one seed and rule; those of others are dropped.
 
-    merged/RULE/SEED/NUMBER           an update that the clients merge into their base
-    moments/SEED/RULE/TRAINS          AdamW's state after the last round; of round 1 RULE is empty,
+    merged/LABEL/RULE/SEED/NUMBER     an update that the clients merge into their base
+    moments/LABEL/SEED/RULE/TRAINS    AdamW's state after the last round; of round 1 RULE is empty,
                                       as rules that train the same factors share their first round
+
+    LABEL is the trial, or the runs, at one learning rate.
     """
 
-    def __init__(self, state: RecordDict, seed: int, rule: str) -> None:
+    def __init__(self, state: RecordDict, label: str, seed: int, rule: str) -> None:
         self._state = state
-        self._seed, self._rule = seed, rule
-        self.prefix = f"merged/{rule}/{seed}/"
+        self._label, self._seed, self._rule = label, seed, rule
+        self.prefix = f"merged/{label}/{rule}/{seed}/"
         for key in [key for key in state if key.startswith("merged/")]:
             if not key.startswith(self.prefix):
                 del state[key]
@@ -167,4 +169,4 @@ class _Kept:
         self._state[self._key(number, trains)] = write_moments(moments)
 
     def _key(self, number: int, trains: str) -> str:
-        return f"moments/{self._seed}/{'' if number == 1 else self._rule}/{trains}"
+        return f"moments/{self._label}/{self._seed}/{'' if number == 1 else self._rule}/{trains}"

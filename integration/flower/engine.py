@@ -153,6 +153,8 @@ class FlowerEngine:
                     {
                         "settings": self._settings,
                         "seed": self._federation.settings.seed,
+                        "learning-rate": self._federation.settings.learning_rate,
+                        "label": self._federation.label,
                         "rule": server.rule.name,
                         "number": number,
                         "trains": trains,

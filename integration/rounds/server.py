@@ -170,17 +170,19 @@ class Server:
             scores = [evaluate(*adapters) for _, adapters in models]
             accuracy = sum(score.accuracy for score in scores) / len(scores)
             loss = sum(score.loss for score in scores) / len(scores)
+            texts = scores[0].texts
             whole = None if average is None else evaluate(average.adapter)
         else:
             sent = [result.adapter, *_residual(result.delivery)]
             models = [(client, sent) for _, client in tested]
             whole = evaluate(*sent)
-            accuracy, loss = whole.accuracy, whole.loss
+            accuracy, loss, texts = whole.accuracy, whole.loss, whole.texts
         own = {c.number: evaluate(*adapters, client=c) for c, adapters in models if c.tests}
         return {
             "accuracy": accuracy,
             "loss": loss,
             "global_accuracy": None if whole is None else whole.accuracy,
+            "texts": list(texts),
             "client_accuracy": {str(number): score.accuracy for number, score in own.items()},
         }
 

@@ -54,6 +54,10 @@ class Settings:
     micro_batch_size: int | None = setting(
         "Examples of a step that are in memory at once, to save it; all of them without this", None
     )
+    learning_rates: tuple[float, ...] = setting(
+        "Each rule's learning rate is chosen from these, by its loss on the validation split", ()
+    )
+    validation_size: int = setting("Training examples of the validation split", 0)
     schedule: str = setting(
         "Learning rate over the rounds", "linear", ("linear", "cosine", "constant")
     )
@@ -92,6 +96,9 @@ class Settings:
         default_factory=dict, metadata=about("Options of the task")
     )
     train_size: int | None = setting("At most so many training examples", None)
+    data: str | None = setting(
+        "Folder with a folder for every data set, such as gsm8k/train.jsonl; else the hub", None
+    )
     head: str = setting(
         "Classification head: means of the shared split, frozen, or trained by the clients",
         "means",
@@ -104,6 +111,7 @@ class Settings:
         "balanced",
         ("balanced", "plain"),
     )
+    answers: int | None = setting("Test examples that are answered by generation; else all", None)
     max_new_tokens: int = setting("Tokens that a generated answer may have", 64)
     init: str = setting("Where the base weights come from", "pretrained", ("pretrained", "random"))
     config: str | None = setting("Shape of a random model: a name, or a config.json", None)

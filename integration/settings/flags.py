@@ -14,7 +14,7 @@ import click
 
 from integration.settings.fields import ENERGY_RULES, Settings, SettingsError, about, setting
 
-LISTS = {"rules": str, "ranks": int, "target_modules": str}
+LISTS = {"rules": str, "ranks": int, "target_modules": str, "learning_rates": float}
 """Settings that are lists, and the type of their entries."""
 
 TYPES: dict[Any, click.ParamType[Any]] = {

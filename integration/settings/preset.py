@@ -23,8 +23,8 @@ def from_preset(preset: str, **changes: Any) -> Settings:
 
     `ranks` of one number is every client's rank. More numbers than one set the number of clients,
     unless `clients` is given as well. `energy` is given to every rule that has an option of this
-    name. Of `steps` and `epochs` the one that is given replaces the other. Raises SettingsError for
-    whatever cannot work.
+    name. Of `steps` and `epochs` the one that is given replaces the other, and so do
+    `learning_rate` and `learning_rates`. Raises SettingsError for whatever cannot work.
     """
     path = Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     try:
@@ -38,7 +38,8 @@ def from_preset(preset: str, **changes: Any) -> Settings:
     energy = changes.pop("energy", None)
     if len(changes.get("ranks", ())) > 1:
         changes.setdefault("clients", len(changes["ranks"]))
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+    pairs = [("steps", "epochs"), ("learning_rate", "learning_rates")]
+    for one, other in [*pairs, *(pair[::-1] for pair in pairs)]:
         if one in changes and other not in changes:
             values.pop(other, None)
     if "config" in changes:
@@ -57,12 +58,14 @@ def from_values(values: dict[str, Any], where: str) -> Settings:
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     if unknown := sorted(set(values) - set(fields)):
         raise SettingsError(f"{where}: unknown settings {', '.join(unknown)}")
+    if rates := values.get("learning_rates"):
+        values = {"learning_rate": rates[0]} | values
     required = {n for n, f in fields.items() if f.default is f.default_factory}
     if missing := sorted(required - set(values)):
         raise SettingsError(f"{where}: missing settings {', '.join(missing)}")
     values = dict(values)
-    for name in ("rules", "ranks", "target_modules"):
-        values[name] = tuple(values[name])
+    for name in ("rules", "ranks", "target_modules", "learning_rates"):
+        values[name] = tuple(values.get(name, ()))
     if len(values["ranks"]) == 1:
         values["ranks"] *= values["clients"]
     settings = Settings(**values)
@@ -72,7 +75,15 @@ def from_values(values: dict[str, Any], where: str) -> Settings:
 
 def _check(settings: Settings) -> None:
     counts = ("clients", "rounds", "batch_size", "max_tokens", "test_size", "evaluate_every")
-    given = ("seeds", "max_new_tokens", "steps", "epochs", "train_size", "micro_batch_size")
+    given = (
+        "seeds",
+        "max_new_tokens",
+        "steps",
+        "epochs",
+        "train_size",
+        "micro_batch_size",
+        "answers",
+    )
     for name in (*counts, *given):
         value = getattr(settings, name)
         if value is not None and value < 1:
@@ -80,7 +91,12 @@ def _check(settings: Settings) -> None:
     for name in ("alpha", "learning_rate", "lora_scaling", "logit_scale", "participation"):
         if not getattr(settings, name) > 0:
             raise SettingsError(f"{name} must be above 0, found {getattr(settings, name)}")
-    for name in ("seed", "weight_decay", "max_grad_norm", "client_test_size", "shared_per_class"):
+    if not all(0 < rate < math.inf for rate in settings.learning_rates):
+        raise SettingsError(f"learning_rates must be above 0, found {settings.learning_rates}")
+    if settings.learning_rates and settings.validation_size < 1:
+        raise SettingsError("learning_rates needs validation_size: the examples that decide")
+    sizes = ("client_test_size", "shared_per_class", "validation_size")
+    for name in ("seed", "weight_decay", "max_grad_norm", *sizes):
         if not getattr(settings, name) >= 0:
             raise SettingsError(f"{name} must be 0 or more, found {getattr(settings, name)}")
     for f in dataclasses.fields(Settings):

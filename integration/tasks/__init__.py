@@ -45,9 +45,11 @@ def find_task(name: str) -> Task:
 
 def load_task(settings: Settings) -> LoadedTask:
     """The task of a run with its examples. Raises TaskError for an unknown task or option."""
-    return find_task(settings.task).load(
+    task = find_task(settings.task)
+    return task.load(
         test_size=settings.test_size,
         shared_per_class=settings.shared_per_class,
         train_size=settings.train_size,
-        **settings.task_options,
+        validation_size=settings.validation_size,
+        **task.local(settings.data, settings.task_options),
     )

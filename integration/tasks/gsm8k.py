@@ -11,15 +11,29 @@ from integration.tasks.tables import Row, Table, sentence
 from integration.tasks.task import CARDS, Content, Example, Published, Task
 
 
-def read(*, source: str = "openai/gsm8k") -> Content:
-    """Read the data set (columns question, answer); TaskError where it is not there."""
+def read(
+    *, source: str = "openai/gsm8k", chat: bool = False, most_characters: int | None = None
+) -> Content:
+    """Read the data set (columns question, answer); TaskError where it is not there.
+
+    `chat` asks the question as a user's turn instead of "Question: ... Answer:". Problems of more
+    than `most_characters` in question and answer together are left out of both splits.
+    """
     table = Table.read(source, "main", needs=("question", "answer"))
-    return table.content(("word problems",), _example, right=same_number)
+    if most_characters is not None:
+        table = table.where(lambda row: len(row["question"] + row["answer"]) <= most_characters)
+    return table.content(("word problems",), _chat if chat else _example, right=same_number)
 
 
 def _example(row: Row) -> Example:
     prompt, answer = f"Question: {row['question']}\nAnswer:", str(row["answer"])
     return Example(prompt, 0, completion=f" {answer}", answer=after_hashes(answer) or "")
+
+
+def _chat(row: Row) -> Example:
+    question, answer = str(row["question"]), str(row["answer"])
+    number = after_hashes(answer) or ""
+    return Example("", 0, completion=answer, answer=number, turns=(("user", question),))
 
 
 def _row(draw: Random, place: int, _: Mapping[str, Any]) -> dict[str, Any]:

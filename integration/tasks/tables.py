@@ -89,6 +89,13 @@ class Table:
         columns(found or train, needs, test_source or source)
         return cls(source, train, found)
 
+    def where(self, kept: Callable[[Row], bool]) -> Table:
+        """The rows that `kept` says yes to. Raises TaskError where none is left to train on."""
+        train = list(filter(kept, self.train))
+        if not train:
+            raise TaskError(f"data set {self.source!r}: no training row is left, all are longer")
+        return Table(self.source, train, None if self.test is None else [*filter(kept, self.test)])
+
     def values(self, column: str) -> tuple[str, ...]:
         """What stands in a column, in the alphabet's order, without repetitions."""
         return tuple(sorted({str(row[column]) for row in [*self.train, *(self.test or [])]}))

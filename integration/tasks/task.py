@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
+from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
@@ -43,6 +44,11 @@ class Example:
     """(role, content) of the conversation so far, in place of `text`: goes through the tokenizer's
     chat template."""
 
+    @property
+    def question(self) -> str:
+        """The text, or what was said last."""
+        return self.turns[-1][1] if self.turns else self.text
+
 
 Right = Callable[[Example, str], bool]
 """(example, generated text) -> whether the text answers the example."""
@@ -66,7 +72,7 @@ class LoadedTask:
 
     `train` is what the clients hold between them, `shared` is the small public split that every
     party has (the frozen head of a classification is made from it), the global model is evaluated
-    on `test`. The three are disjoint.
+    on `test`. They and `validation` are disjoint.
     """
 
     name: str
@@ -79,6 +85,8 @@ class LoadedTask:
     right: Right | None = None
     """Without it the accuracy of a language task is the share of its completions' tokens that the
     model predicts."""
+    validation: tuple[Example, ...] = ()
+    """Training examples that no client holds: they choose a learning rate, the test split never."""
 
     @property
     def majority(self) -> float:
@@ -129,6 +137,7 @@ class Task:
         test_size: int,
         shared_per_class: int = 0,
         train_size: int | None = None,
+        validation_size: int = 0,
         **options: Any,
     ) -> LoadedTask:
         """The examples, split; `split` says what the sizes are.
@@ -152,6 +161,7 @@ class Task:
             test_size=test_size,
             shared_per_class=shared_per_class if self.kind == "classification" else 0,
             train_size=train_size,
+            validation_size=validation_size,
             kind=self.kind,
             right=content.right,
         )
@@ -160,6 +170,23 @@ class Task:
     def options(self) -> dict[str, Any]:
         """Option -> its default."""
         return {name: x.default for name, x in signature(self.read).parameters.items()}
+
+    def local(self, data: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options, with the folders of `data` in place of the hub's names.
+
+        A data set's folder has the name of its variant (sst2) or the last part of its name on the
+        hub (gsm8k). Raises TaskError where `data` has neither.
+        """
+        named = {name: x for name, x in (self.options | dict(options)).items() if "source" in name}
+        local = dict(options)
+        for option, source in named.items() if data is not None else ():
+            names = [name for name in (self.which(options), str(source).rpartition("/")[2]) if name]
+            found = [folder for name in names if (folder := Path(str(data), name)).is_dir()]
+            if found:
+                local[option] = str(found[0])
+            elif source and not Path(source).exists():
+                raise TaskError(f"{data} has no folder {' or '.join(dict.fromkeys(names))}")
+        return local
 
     def which(self, options: Mapping[str, Any]) -> str:
         """The value of the option `variant`; "" for a task without variants."""
@@ -174,6 +201,7 @@ def split(
     test_size: int,
     shared_per_class: int = 0,
     train_size: int | None = None,
+    validation_size: int = 0,
     test: Sequence[Example] | None = None,
     kind: Kind = "classification",
     right: Right | None = None,
@@ -181,10 +209,11 @@ def split(
     """Split by a hash of the text: the same for every seed, and stable when a text comes or goes.
 
     In hash order the first `test_size` examples are the test split (of `test`, where the task comes
-    with a test split of its own), the next `shared_per_class` of every class are the shared split
-    and the rest, at most `train_size`, is the training split. What asks the same as a test example
-    is left out of it (a question that is there twice, with two answers); a test split of the task's
-    own is taken as it was published, and the training examples beside it too.
+    with a test split of its own), the next `shared_per_class` of every class are the shared split,
+    the next `validation_size` the validation split and the rest, at most `train_size`, is the
+    training split. What asks the same as a test or validation example is left out of it (a question
+    that is there twice, with two answers); a test split of the task's own is taken as it was
+    published, and the training examples beside it too.
 
     Raises TaskError where the examples do not suffice.
     """
@@ -204,6 +233,9 @@ def split(
             shared.append(example)
         else:
             train.append(example)
+    validation, train = train[:validation_size], train[validation_size:]
+    decides = set(map(_asked, validation))
+    train = [example for example in train if _asked(example) not in decides]
     short = [c for i, c in enumerate(classes) if taken[i] < shared_per_class]
     if short:
         raise TaskError(
@@ -211,11 +243,20 @@ def split(
             f"of {', '.join(short)}; lower test_size ({test_size}) or shared_per_class"
         )
     if not train:
-        raise TaskError(f"task {name}: no training examples are left; lower test_size")
+        raise TaskError(
+            f"task {name}: no training examples are left; lower test_size or validation_size"
+        )
     if not chosen:
         raise TaskError(f"task {name}: the test split is empty")
     return LoadedTask(
-        name, classes, tuple(train[:train_size]), tuple(shared), tuple(chosen), kind, right
+        name,
+        classes,
+        tuple(train[:train_size]),
+        tuple(shared),
+        tuple(chosen),
+        kind,
+        right,
+        tuple(validation),
     )
 
 

@@ -30,14 +30,16 @@ PEFT_DEFAULTS = {
 def clients(*changes, extras=()):
     """One client for each mapping of config fields."""
     made = []
-    for index, (change, drawn) in enumerate(zip(changes, draw().adapters, strict=False)):
+    for index, (change, drawn) in enumerate(
+        zip(changes, draw(common_a=True).adapters, strict=False)
+    ):
         config = {key: value for key, value in {**drawn.config, **change}.items() if value != "-"}
         state = {**drawn.state_dict(), **(extras[index] if extras else {})}
         made.append(flk.Adapter.from_state_dict(state, config, name=f"site-{index}"))
     return made
 
 
-@given(st.sets(st.sampled_from(sorted(PEFT_DEFAULTS))), st.sampled_from(["fedit", "flora"]))
+@given(st.sets(st.sampled_from(sorted(PEFT_DEFAULTS))), st.sampled_from(flk.rules.names()))
 def test_a_missing_field_means_pefts_default(missing, rule):
     """What older and newer versions wrote: the same clients, fewer fields."""
     full = {**PEFT_DEFAULTS}

@@ -166,13 +166,74 @@ def test_factors_that_are_no_matrices(shape: tuple[int, ...], sites: list[str]) 
     assert_refused(sites, rf"^site-1, module {MODULE}")
 
 
-def test_convolutions(sites: list[str]) -> None:
+def convolved(path: str, kernel: tuple[int, int], groups: int = 1) -> None:
     def convolve(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[KEY_A] = torch.ones(4, 3, 3, 3)
-        tensors[KEY_B] = torch.ones(13, 4, 1, 1)
+        tensors[KEY_A] = torch.ones(4, 3, *kernel)
+        tensors[KEY_B] = torch.ones(13, 4 // groups, 1, 1)
 
-    rewrite("site-1", convolve)
-    assert_refused(sites, rf"^site-1, module {MODULE}: convolutions are not supported")
+    rewrite(path, convolve)
+
+
+def test_a_convolution_with_groups(sites: list[str]) -> None:
+    convolved("site-1", (3, 3), groups=2)
+    assert_refused(sites, rf"^site-1, module {MODULE}: .*2 groups.*target_modules")
+
+
+def test_a_kernel_or_a_kind_that_only_one_client_has(sites: list[str]) -> None:
+    convolved("site-1", (1, 3))
+    words = rf"client 1 \(site-1\), module {MODULE}: found a convolution with the kernel \[1, 3\]"
+    assert_refused(sites, words)
+    for path in ("site-0", "site-2"):
+        convolved(path, (3, 1))
+    assert_refused(sites, rf"{words}, expected .*\[3, 1\] as in client 0")
+
+
+def test_a_bias_of_another_size(sites: list[str]) -> None:
+    rewrite("site-1", lambda t: t.update({KEY_B.replace("weight", "bias"): torch.ones(12)}))
+    assert_refused(sites, rf"^site-1, module {MODULE}: lora_B.bias is .*\[12\], expected \[13\]")
+
+
+EXPERTS = {
+    f"base_model.model.mlp.experts{inner}.lora_{side}.weight": torch.ones(*shape)
+    for inner, r in (("", 8), (".base_layer", 12))
+    for side, shape in (("A", (r, 5)), ("B", (6, r)))
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, r"mlp.experts.base_layer: found factors of a parameter, expected it in target_para"),
+        ({"target_parameters": ["experts.w"]}, "mlp.experts.base_layer: found factors of a param"),
+        ({"target_parameters": ["experts.w", "experts.v"], "r": 5}, "mlp.experts: found .* rows"),
+        (
+            {
+                "target_parameters": ["experts.w", "experts.v"],
+                "rank_pattern": {"experts.w": 2},
+                "alpha_pattern": {"experts.v": 3},
+            },
+            "mlp.experts: found .* rows of A, which do not tell the ranks",
+        ),
+    ],
+    ids=["not named", "too few", "other rank", "ambiguous"],
+)
+def test_experts_whose_parameters_are_not_known(
+    changes: dict[str, Any], words: str, sites: list[str]
+) -> None:
+    write(Path("site-1"), dict(EXPERTS), {**config_of("site-1"), **changes})
+    assert_refused(sites, rf"^site-1, module {words}")
+
+
+def test_clients_with_other_experts_or_parameters(sites: list[str]) -> None:
+    for path, rank in (("site-0", 2), ("site-1", 4), ("site-2", 4)):
+        tensors = {key: x for key, x in EXPERTS.items() if "base_layer" not in key}
+        config = {**config_of(path), "target_parameters": ["experts.w"], "r": rank}
+        write(Path(path), tensors, config)
+    assert_refused(
+        sites, r"client 1 \(site-1\), module mlp.experts.0: found expert 0 of 2.* 0 of 4"
+    )
+    reconfigure("site-2", target_parameters=["experts.v"])
+    assert_refused(sites, r"client 2 \(site-2\): target_parameters is \['experts.v'\], expected")
 
 
 @pytest.mark.parametrize("key", [KEY_A, "base_model.model.score.weight"])
@@ -273,7 +334,6 @@ def test_equal_contents_in_different_folders_are_two_clients(sites: list[str]) -
     ("changes", "words"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
         ({"init_lora_weights": "olora"}, "olora"),
@@ -281,7 +341,6 @@ def test_equal_contents_in_different_folders_are_two_clients(sites: list[str]) -
         ({"init_lora_weights": "loftq"}, "loftq"),
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"peft_type": None}, "peft_type"),
-        ({"target_parameters": ["experts.w"]}, "target_parameters"),
     ],
     ids=str,
 )
@@ -304,7 +363,6 @@ def test_starts_that_leave_the_base_alone_are_fine(start: object, sites: list[st
     ("key", "words"),
     [
         (f"base_model.model.{MODULE}.lora_magnitude_vector", "DoRA"),
-        (f"base_model.model.{MODULE}.lora_B.bias", "lora_bias"),
     ],
 )
 def test_tensors_that_no_pair_of_factors_represents(key: str, words: str, sites: list[str]) -> None:

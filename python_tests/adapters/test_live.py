@@ -70,6 +70,16 @@ def test_wrapped_models_are_read_and_written(wrap):
     assert_runs(flk.Adapter.from_model(other), model)
 
 
+def test_a_model_that_has_diverged_is_written_to():
+    model, other = trained(1), trained(2)
+    with torch.no_grad():
+        model.get_submodule("base_model.model.first").lora_B.default.weight.fill_(float("nan"))
+    with pytest.raises(flk.AdapterError, match="NaN or Inf"):
+        flk.Adapter.from_model(model)
+    flk.Adapter.from_model(other).to_model(model)
+    assert_runs(flk.Adapter.from_model(other), model)
+
+
 @pytest.mark.usefixtures("alone")
 def test_sharded_models_are_gathered_and_written():
     from torch.distributed.device_mesh import init_device_mesh

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import EPS
-from federation import PRODUCT_RULES, norm
+from federation import FIXED_A, PRODUCT_RULES, norm
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
@@ -200,9 +200,7 @@ def assert_served(
     return result
 
 
-GLOBAL_RULES = [
-    rule for rule in flk.rules.names() if rule not in ("fedsa", "ffa", "rolora", "fedsvd")
-]
+GLOBAL_RULES = [rule for rule in flk.rules.names() if rule not in ("fedsa", *FIXED_A)]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -606,7 +604,6 @@ def test_live_vera_model(llama: torch.nn.Module) -> None:
 
 REFUSED = {
     "dora": ({"use_dora": True}, "DoRA"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias"),
     "pissa": ({"init_lora_weights": "pissa"}, "pissa"),
     "olora": ({"init_lora_weights": "olora"}, "olora"),
 }
@@ -623,11 +620,3 @@ def test_what_peft_saves_and_no_factors_represent(
     with pytest.raises(flk.AdapterError, match=words) as caught:
         flk.Adapter.load(folder)
     assert str(caught.value).startswith(str(folder))
-
-
-def test_real_convolution_is_refused(tmp_path: Path) -> None:
-    base = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3))
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
-    model.save_pretrained(tmp_path / "site-0")
-    with pytest.raises(flk.AdapterError, match="module 0: convolutions"):
-        flk.Adapter.load(tmp_path / "site-0")

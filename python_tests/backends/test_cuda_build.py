@@ -177,6 +177,15 @@ def test_the_cuda_preset_needs_no_openblas(
     assert "-Werror" in (tmp_path / "build" / "build.ninja").read_text()
 
 
+def test_the_handlers_for_jax_compile(tmp_path: Path) -> None:
+    """csrc/bindings/jax_handlers.cpp in its flavor for CUDA, without a warning."""
+    configured(tmp_path / "build", dict(os.environ), "-DFEDLORA_WERROR=ON")
+    target = "csrc/bindings/CMakeFiles/fedlora_jax_cuda.dir/jax_handlers.cpp.o"
+    command = ["cmake", "--build", str(tmp_path / "build"), "--target", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.slow
 def test_the_cuda_library_is_built_without_openblas(
     tmp_path: Path, without_openblas: dict[str, str]

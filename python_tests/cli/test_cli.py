@@ -301,6 +301,7 @@ def handed_over(monkeypatch, *arguments: str) -> dict[str, object]:
 
 
 SAMPLES = {
+    "budget": ("2", 2),
     "rank": ("5", 5),
     "energy": ("0.75", 0.75),
     "max_rank": ("6", 6),

@@ -1,5 +1,6 @@
 """A comparison end to end, in miniature: files, errors, ways of going on, reproducibility."""
 
+import dataclasses
 import io
 import json
 import re
@@ -222,7 +223,7 @@ def federation():
     settings = miniature(ranks=(8, 8))
     made = Federation.build(settings)
     clients = (Client(0, 8, list(range(20))), Client(1, 8, list(range(20, 60))))
-    made = Federation(settings, made.task, made.model, made.train, made.test, clients)
+    made = dataclasses.replace(made, clients=clients)
     return made, LocalTrainer(made.model, settings)
 
 

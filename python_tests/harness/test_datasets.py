@@ -3,7 +3,9 @@
 import pytest
 from miniature import MESSAGES, written
 
-from integration.tasks import TASKS, Example, TaskError
+from integration.plan import plan
+from integration.settings import from_preset
+from integration.tasks import TASKS, Example, TaskError, load_task
 from integration.tasks.programs import passes
 
 SIZES = {"test_size": 5, "shared_per_class": 0}
@@ -64,6 +66,42 @@ def test_data_sets_from_files(tmp_path, name):
     written(tmp_path / "set", FILES[name][:5], "test")
     own = TASKS[name].load(test_size=10, shared_per_class=0, source=source)
     assert (len(own.train), len(own.test)) == (40, 5), "a test split of its own is used"
+
+
+def test_problems_as_a_chat_and_without_the_long_ones(tmp_path):
+    rows = [*FILES["gsm8k"], {"question": "Why?" * 50, "answer": "#### 1"}]
+    source = written(tmp_path / "set", rows)
+    short = {"source": source, "most_characters": 60}
+    plain = TASKS["gsm8k"].load(**SIZES, **short)
+    chat = TASKS["gsm8k"].load(**SIZES, **short, chat=True)
+    assert (len(plain.train), len(plain.test)) == (35, 5)
+    assert {x.turns for x in [*chat.train, *chat.test]} == {
+        (("user", row["question"]),) for row in FILES["gsm8k"]
+    }
+    for example in chat.test:
+        assert example.text == ""
+        assert chat.right(example, example.completion)
+        assert example.question == example.turns[0][1]
+    with pytest.raises(TaskError, match="no training row is left"):
+        TASKS["gsm8k"].load(**SIZES, source=source, most_characters=5)
+
+
+def test_a_folder_of_data_sets(tmp_path):
+    """Under the variant's name or the last part of the hub's; without them one line says so."""
+    written(tmp_path / "gsm8k", FILES["gsm8k"])
+    written(tmp_path / "sst2", [])
+    data = str(tmp_path)
+    gsm8k, glue = TASKS["gsm8k"], TASKS["glue"]
+    assert gsm8k.local(data, {"chat": True}) == {"chat": True, "source": str(tmp_path / "gsm8k")}
+    assert glue.local(data, {})["source"] == str(tmp_path / "sst2")
+    assert gsm8k.local(data, {"source": data}) == {"source": data}, "a folder of its own"
+    assert gsm8k.local(None, {}) == {}
+    assert TASKS["arithmetic"].local(data, {"level": 1}) == {"level": 1}
+    with pytest.raises(TaskError, match="has no folder rte or glue"):
+        glue.local(data, {"subset": "rte"})
+    settings = from_preset("gsm8k-smollm2", data=data, test_size=6, validation_size=4)
+    assert len(load_task(settings).validation) == 4
+    assert sum(plan(settings).examples) == 40 - 6 - 4
 
 
 def test_topics_come_from_the_columns(tmp_path):

@@ -336,6 +336,8 @@ def test_kept_moments_change_the_second_round_and_are_the_clients_own(small):
         ("fedsa", {"method": "vera"}),
         ("eclora", {"ranks": (4, 2)}),
         ("fedrot", {}),
+        ("florg", {}),
+        ("lora_a2", {"options": {"lora_a2": {"budget": 2}}}),
         ("fedmomentum", {"options": {"fedmomentum": {"momentum": 0.5}}}),
         ("flora_na", {"options": {"flora_na": {"around": "last", "shared": True}}}),
     ],
@@ -380,17 +382,25 @@ def assert_same_memory(one, other):
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-@pytest.mark.parametrize(
-    ("rule", "options"),
-    [
-        ("eclora", {}),
-        ("fedmomentum", {"momentum": 0.5}),
-        ("fedrot", {}),
-        ("flora_na", {"around": "last"}),
-        ("flora_na", {"around": "last", "shared": True}),
-    ],
-    ids=str,
-)
+MEMORY = [
+    ("eclora", {}),
+    ("eclora", {"error_rank": 2}),
+    ("fedmomentum", {"momentum": 0.5}),
+    ("fedrot", {}),
+    ("florg", {}),
+    ("flora_na", {"around": "last"}),
+    ("flora_na", {"around": "last", "shared": True}),
+    ("lora_a2", {"budget": 2}),
+]
+"""Every rule with memory, with the options that give it one."""
+
+
+def test_every_rule_with_memory_is_among_them():
+    kinds = [flk.rules.find(name) for name in flk.rules.names()]
+    assert {kind.name for kind in kinds if kind.carry is not flk.Rule.carry} == dict(MEMORY).keys()
+
+
+@pytest.mark.parametrize(("rule", "options"), MEMORY, ids=str)
 def test_memory_is_the_same_through_carried_as_through_the_harness(small, rule, options):
     """Bit for bit, over three rounds."""
     _, server, _, given = go(small(rounds=3, options={rule: options}), rule, 3)

@@ -60,6 +60,18 @@ def assert_same_bits(one, other):
             {"rules": ("flora",), "clients": 6, "participation": 0.5, "rounds": 3, "seeds": 2},
             id="half of the clients a round, two seeds",
         ),
+        pytest.param(
+            {
+                "rules": ("fedit", "ffa"),
+                "clients": 4,
+                "participation": 0.5,
+                "rounds": 3,
+                "optimizer_state": "keep",
+                "learning_rates": (1e-3, 1e-2),
+                "validation_size": 8,
+            },
+            id="learning rates that are chosen",
+        ),
     ],
 )
 def test_flower_gives_the_bits_of_the_local_engine(tmp_path, changes):

@@ -1,11 +1,14 @@
 """One encoder in memory: switching, merging and restoring leave no trace in its base weights."""
 
+import gguf
 import pytest
 import torch
-from miniature import miniature
+from miniature import language, miniature
 
-from integration.model.loading import shape
+from integration.model import loading
+from integration.model.loading import Shipped, shape
 from integration.model.model import Model
+from integration.model.trainer import LocalTrainer
 from integration.rounds.evaluate import evaluate
 from integration.settings import SettingsError
 from integration.tasks import Example, LoadedTask
@@ -182,3 +185,79 @@ def test_a_module_that_is_not_there_is_an_error():
 def test_an_unknown_shape_is_an_error():
     with pytest.raises(SettingsError, match=r"unknown shape 'nothing'; known: .* or a config.json"):
         shape("nothing")
+
+
+def test_a_model_of_a_package_that_is_not_installed(monkeypatch):
+    shipped = Shipped("no_such_package", file="model.gguf", install="make models")
+    monkeypatch.setitem(loading.PACKAGES, "shipped", shipped)
+    with pytest.raises(SettingsError, match=r"package no-such-package, .* installed: make models"):
+        loading.folder("shipped")
+
+
+def test_a_model_in_a_gguf_file(tmp_path, monkeypatch):
+    """Its numbers, its tokenizer and its chat template; it trains like any other."""
+    (tmp_path / "shipped_model").mkdir()
+    (tmp_path / "shipped_model" / "__init__.py").write_text("raise ImportError('not imported')")
+    weights = gguf_llama(tmp_path / "shipped_model" / "model.gguf")
+    monkeypatch.syspath_prepend(tmp_path)
+    shipped = Shipped("shipped_model", file="model.gguf")
+    monkeypatch.setitem(loading.PACKAGES, "shipped", shipped)
+    settings = language(model="shipped", config=None, init="pretrained", ranks=(2,))
+    example = Example("", 0, completion="ab", turns=(("user", "ba"),))
+    task = LoadedTask("t", ("t",), (example,), (), (example,), "language")
+    model = Model(settings, task)
+    values = model.base()["model.layers.0.self_attn.v_proj"]
+    torch.testing.assert_close(values, weights["blk.0.attn_v.weight"], rtol=0, atol=0)
+    assert model.tokenizer.eos_token == "<e>"
+    tokens = model.tokens([example], 16)
+    assert model.tokenizer.decode(tokens.texts[0]) == "[ba]ab<e>"
+    trainer = LocalTrainer(model, settings)
+    parameters = model.take(model.fresh(2, 0))
+    before = [parameter.detach().clone() for parameter in parameters]
+    trainer.fit(parameters, tokens, [[0], [0]], rate=0.1, seed=0)
+    moved = [not torch.equal(x, y) for x, y in zip(before, parameters, strict=True)]
+    assert all(moved)
+
+
+def gguf_llama(path):
+    """Write a Llama of one layer; returns its matrices by their names in the file."""
+    width, inner, words = 32, 64, ["<u>", "<s>", "<e>", "a", "b", "ab", "[", "]"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(width // 2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(
+        "{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]"
+        "{% else %}{{ m['content'] }}<e>{% endif %}{% endfor %}"
+    )
+    shapes = {
+        "token_embd.weight": (len(words), width),
+        **{f"blk.0.attn_{name}.weight": (width, width) for name in ("q", "k", "v", "output")},
+        "blk.0.ffn_gate.weight": (inner, width),
+        "blk.0.ffn_up.weight": (inner, width),
+        "blk.0.ffn_down.weight": (width, inner),
+    }
+    drawn_from = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=drawn_from) for name, shape in shapes.items()}
+    norms = ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")
+    for name, tensor in [*weights.items(), *((f"{n}.weight", torch.ones(width)) for n in norms)]:
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights

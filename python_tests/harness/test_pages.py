@@ -48,6 +48,17 @@ def test_a_table_between_its_marks(run):
     assert filled(text, run.parent) == text
 
 
+def test_the_learning_rate_and_the_seeds_of_a_rule(run):
+    entry = {"rule": "fedit", "learning_rate": 0.004, "losses": [0.5, 0.6]}
+    (run / "summary.json").write_text(json.dumps([entry, {"rule": "ffa", "learning_rate": 0.016}]))
+    page = "".join(f"<!-- table {x}: run = Run -->\n<!-- end -->\n" for x in ("rate", "seeds"))
+    text = filled(page, run.parent)
+    assert re.findall(r"^\| (\S+) \| (\S+) \|$", text, re.MULTILINE) == [
+        *[("FedIT", "0.004"), ("FFA-LoRA", "0.016")],
+        *[("FedIT", "2"), ("FFA-LoRA", "1")],
+    ]
+
+
 def test_rules_by_name(run):
     page = "<!-- table rank fedsa: run = Run -->\n<!-- end -->"
     assert "FedSA-LoRA" in filled(page, run.parent)
@@ -95,7 +106,7 @@ def test_committed_summaries_are_those_of_their_rounds(folder, tmp_path):
     rounds = [RoundRecord(**{k: v for k, v in json.loads(x).items() if k in known}) for x in lines]
     settings = json.loads((folder / "settings.json").read_text())
     start = Score(settings["start_accuracy"], settings["start_loss"])
-    again = write_summary(tmp_path, rounds, start)
+    again = write_summary(tmp_path, rounds, start, settings.get("learning_rates"))
     assert json.loads((folder / "summary.json").read_text()) == again
 
 

@@ -44,6 +44,27 @@ def test_the_report_has_every_figure_and_is_one_file(tmp_path):
     assert "50 % of them a round" in page
 
 
+def test_questions_have_everybodys_answers(tmp_path):
+    texts = {"fedit": ["5 < 6", "late"], "florist": ["4", "soon"]}
+    rounds = [
+        a_round(rule, n, texts=texts[rule] if n == 3 else []) for rule in texts for n in (2, 3)
+    ]
+    folder = a_run(tmp_path / "run", rounds)
+    content = json.loads((folder / "settings.json").read_text())
+    answers = {"reference": "#### 4", "start": "hello"}
+    content["questions"] = [{"question": q, **answers} for q in ("2 + 2?", "When?")]
+    (folder / "settings.json").write_text(json.dumps(content))
+    page = write_report(folder).read_text()
+    first, second = re.findall(r'<table class="texts">(.*?)</table>', page)
+    cells = re.findall(r"<td>(.*?)</td>", first)
+    assert cells == [
+        *("question", "2 + 2?", "reference", "#### 4", "start", "hello"),
+        *("fedit", "5 &lt; 6", "florist", "4"),
+    ]
+    assert "When?" in second
+    assert "soon" in second
+
+
 def test_the_report_depends_on_the_files_only(tmp_path):
     first = write_report(a_run(tmp_path / "a" / "run")).read_bytes()
     assert write_report(a_run(tmp_path / "b" / "run")).read_bytes() == first

@@ -57,6 +57,22 @@ def test_the_loss_has_its_interval_and_its_own_best(tmp_path):
     assert [entry["loss_within_noise"] for entry in summary] == [False, True, True]
 
 
+def test_a_rule_with_fewer_seeds_yet_is_not_compared(tmp_path):
+    """A run in the middle: the rules with all seeds are told apart, the others wait."""
+    rounds = [x for x in over_seeds() if (x.rule, x.seed) != ("florist", 2)]
+    summary = write_summary(tmp_path, rounds, START)
+    assert ["within_noise" in entry for entry in summary] == [True, False, True]
+    assert [len(entry["accuracies"]) for entry in summary] == [3, 2, 3]
+
+
+def test_the_learning_rates_that_were_chosen(tmp_path):
+    rates = {"fedit": 0.01, "florist": 0.002, "ffa": 0.01}
+    summary = write_summary(tmp_path, over_seeds(), START, rates)
+    assert {entry["rule"]: entry["learning_rate"] for entry in summary} == rates
+    assert "rate" in titles(summary)
+    assert "rate" not in titles(write_summary(tmp_path, over_seeds(), START))
+
+
 def test_one_seed_has_no_interval(tmp_path):
     (entry,) = write_summary(tmp_path, [a_round("fedit", 1)], START)
     assert not [key for key in entry if "interval" in key or "noise" in key or key == "losses"]

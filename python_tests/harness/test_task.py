@@ -101,6 +101,22 @@ def test_a_question_of_the_test_split_is_not_trained_on():
     assert (len(own.train), len(own.test)) == (50, 50)
 
 
+def test_the_validation_split_is_of_the_training_split():
+    """Test and shared split are the same without it; no text of it is trained on."""
+    examples = [Example(f"question {n % 90}", 0, completion=str(n)) for n in range(100)]
+    sizes = {"test_size": 20, "shared_per_class": 5}
+    whole = split("t", ("a",), examples, **sizes)
+    made = split("t", ("a",), examples, **sizes, validation_size=30)
+    assert (made.test, made.shared) == (whole.test, whole.shared)
+    assert len(made.validation) == 30
+    assert set(made.validation) | set(made.train) <= set(whole.train)
+    assert not {x.text for x in made.validation} & {x.text for x in made.train}
+    few = split("t", ("a",), examples, **sizes, validation_size=30, train_size=7)
+    assert (few.validation, few.train) == (made.validation, made.train[:7])
+    with pytest.raises(TaskError, match="lower test_size or validation_size"):
+        split("t", ("a",), examples, **sizes, validation_size=80)
+
+
 def test_a_split_that_does_not_suffice_names_the_class():
     examples = [Example(f"text number {n}", 0) for n in range(10)]
     with pytest.raises(TaskError, match=r"fewer than 2 examples .* of b;"):

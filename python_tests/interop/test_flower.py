@@ -455,7 +455,7 @@ def moving(round_):
 
 
 @pytest.mark.parametrize(
-    "rule", ["florist", "flexlora", "fedsa", "flora", "eclora", "fedrot", "fedmomentum"]
+    "rule", ["florist", "flexlora", "fedsa", "flora", "eclora", "fedrot", "florg", "fedmomentum"]
 )
 def test_a_restarted_server_goes_on_with_the_same_bits(rule, tmp_path):
     options = {"momentum": 0.5} if rule == "fedmomentum" else {}

@@ -344,7 +344,7 @@ def test_convolutions_are_refused():
             self.up = nn.Conv2d(3, 5, 3)
 
     model = live({}, {}, base=Image, target_modules=["up"])
-    with pytest.raises(flk.AdapterError, match=r"a, module up: convolutions are not supported"):
+    with pytest.raises(flk.AdapterError, match=r"a, module up: found a convolution"):
         add_weighted_adapter(model, ["a", "b"], [0.5, 0.5], "new")
 
 

@@ -15,8 +15,10 @@ from fedlora_kernels.cli.rules import as_markdown
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NUMPY = (ROOT / "docs" / "numpy.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README + NUMPY, re.DOTALL)
+ARRAYS = "".join(
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("numpy.md", "jax.md")
+)
+PYTHON = re.findall(r"```python\n(.*?)```", README + ARRAYS, re.DOTALL)
 COMMANDS = re.findall(r"^fedlora .*", README, re.MULTILINE)
 SIZES = {"model.layers.0.self_attn.q_proj": (40, 24), "model.layers.0.self_attn.v_proj": (16, 24)}
 
@@ -30,7 +32,7 @@ def _clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_code_to_run() -> None:
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
     assert {line.split()[1] for line in COMMANDS} == {"aggregate", "inspect", "rules", "doctor"}
 
 

@@ -16,14 +16,19 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import scipy_openblas64
 
 import fedlora_kernels as flk
 
 ROOT = Path(__file__).parents[2]
 COMPILED = {
+    "fedlora_kernels/libfedlora.so",
     "fedlora_kernels/libfedlora_cpu.so",
+    "fedlora_kernels/libfedlora_jax.so",
     "fedlora_kernels/_numpy" + sysconfig.get_config_var("EXT_SUFFIX"),
 }
+
+TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def run(*command: str | Path, **environment: str) -> str:
@@ -46,9 +51,8 @@ def run(*command: str | Path, **environment: str) -> str:
 def _wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from this checkout with the development environment's tools: 20 s on two cores."""
     folder = tmp_path_factory.mktemp("wheel")
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    flags = ("--wheel", "--no-isolation", "--outdir", folder)
-    run(sys.executable, "-m", "build", *flags, ROOT, PATH=tools)
+    flags = ("--wheel", "--no-isolation", "--outdir", folder, f"-Cbuild-dir={folder / 'build'}")
+    run(sys.executable, "-m", "build", *flags, ROOT, PATH=TOOLS)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -99,11 +103,14 @@ def test_every_source_of_the_package_is_in_it(contents: dict[str, bytes]) -> Non
 
 
 def test_nothing_else_is_in_it(contents: dict[str, bytes]) -> None:
-    """No tests, no integration, no C++, no static library."""
+    """No tests, no integration, no C++ but the public header, no static library."""
     info = f"fedlora_kernels-{flk.__version__}.dist-info"
     assert {name.partition("/")[0] for name in contents} == {"fedlora_kernels", info}
     kinds = {Path(name).suffix for name in contents if name.startswith("fedlora_kernels/")}
-    assert kinds == {".json", ".py", ".pyi", ".so", ".typed"}
+    assert kinds == {".cmake", ".h", ".json", ".py", ".pyi", ".so", ".typed"}
+    assert [name for name in contents if name.endswith(".h")] == [
+        "fedlora_kernels/include/fedlora/fedlora.h"
+    ]
     assert f"{info}/licenses/LICENSE" in contents
 
 
@@ -196,3 +203,33 @@ def test_numpy_in_a_clean_environment(python: Path, tmp_path: Path) -> None:
 
 def test_the_command_in_a_clean_environment(python: Path, tmp_path: Path) -> None:
     assert "florist" in run(python.parent / "fedlora", "rules", PWD=str(tmp_path))
+
+
+# C++
+
+
+def assert_example_runs(prefix: Path, build: Path) -> None:
+    """examples/cpp finds fedlora under the prefix, and prints what fedlora_kernels.numpy gives."""
+    flags = ("-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-Wall -Werror")
+    run("cmake", "-S", ROOT / "examples" / "cpp", "-B", build, *flags, PATH=TOOLS)
+    run("cmake", "--build", build, PATH=TOOLS)
+    found = [line for line in (build / "CMakeCache.txt").read_text().splitlines() if "_DIR" in line]
+    assert f"fedlora_DIR:PATH={prefix}/fedlora_kernels/lib/cmake/fedlora" in found
+    assert run(build / "aggregate") == "rank 3 of 5, relative error 0.0509\n"
+
+
+def test_cpp_from_the_wheel(python: Path, tmp_path: Path) -> None:
+    """OpenBLAS, which the clean environment borrows by a path, lies beside an installed wheel."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(run(python, "-c", code).strip())
+    (packages / "scipy_openblas64").symlink_to(Path(scipy_openblas64.get_lib_dir()).parent)
+    assert_example_runs(packages, tmp_path)
+
+
+def test_cpp_from_a_prefix(wheel: Path, tmp_path: Path) -> None:
+    """The wheel's build folder again, for a prefix and without Python's parts."""
+    build, prefix = wheel.parent / "build", tmp_path / "prefix"
+    run("cmake", "-S", ROOT, "-B", build, "-USKBUILD", "-DFEDLORA_PYTHON=OFF", PATH=TOOLS)
+    run("cmake", "--build", build, PATH=TOOLS)
+    run("cmake", "--install", build, "--prefix", prefix, PATH=TOOLS)
+    assert_example_runs(prefix, tmp_path / "build")

@@ -5,16 +5,15 @@ import torch
 from assertions import EPS
 from federation import (
     EQUAL_RANK_CASES,
-    Drawn,
     Federation,
     assert_ideal,
     assert_report,
     draw,
-    federation,
     norm,
     of_batch,
     product_bound,
     update,
+    with_common,
 )
 from matrices import EQUAL_RANK_CASES as FAMILY_CASES
 from matrices import FAMILIES, case_id
@@ -23,18 +22,6 @@ import fedlora_kernels as flk
 from fedlora_kernels import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def with_one_a(round_: Federation) -> Federation:
-    """The same clients with the first client's A."""
-    drawn = [
-        {
-            module: Drawn(item.b, round_.drawn[0][module].a, item.scaling)
-            for module, item in client.items()
-        }
-        for client in round_.drawn
-    ]
-    return federation(drawn, round_.weights)
 
 
 def assert_reference(round_: Federation) -> None:
@@ -65,7 +52,7 @@ def test_cases_equal_the_reference(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", [case for case in FAMILY_CASES if case[1] in DTYPES], ids=case_id)
 def test_families_equal_the_reference(case: tuple[str, torch.dtype]) -> None:
     name, dtype = case
-    assert_reference(with_one_a(of_batch(FAMILIES[name].build(dtype))))
+    assert_reference(with_common(of_batch(FAMILIES[name].build(dtype)), "a"))
 
 
 def test_only_b_goes_up_and_both_come_down() -> None:

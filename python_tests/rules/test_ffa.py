@@ -61,3 +61,26 @@ def test_the_same_a_in_different_dtypes_is_the_same() -> None:
     mixed = federation([round_.drawn[0], wide], round_.weights)
     result = mixed.aggregate("ffa")
     assert_ideal(result, mixed)
+
+
+def test_clients_that_train_a_core_between_fixed_factors() -> None:
+    """B C_k A with one B and one A, and sums of two such terms: the mean of the cores is exact."""
+    one, two = (draw(common_a=True, alphas=(8, 8, 8), seed=seed).drawn for seed in (0, 1))
+    generator = torch.Generator().manual_seed(4)
+    drawn, cores = [], []
+    for _ in one:
+        core = torch.randn(2, 4, 4, generator=generator)
+        cores.append(core.double())
+        client = {}
+        for module, first in one[0].items():
+            second = two[0][module]
+            b = torch.cat([first.b @ core[0], second.b @ core[1]], dim=1)
+            client[module] = Drawn(b, torch.cat([first.a, second.a]), 2.0)
+        drawn.append(client)
+    weights = (1.0, 2.0, 5.0)
+    mean = sum(w / 8 * core for w, core in zip(weights, cores, strict=True))
+    result = federation(drawn, weights).aggregate("ffa").adapter
+    for module, first in one[0].items():
+        terms = zip((first, two[0][module]), torch.as_tensor(mean), strict=True)
+        expected = sum(2 * x.b.double() @ core @ x.a.double() for x, core in terms)
+        torch.testing.assert_close(result.delta(module), expected, rtol=1e-5, atol=1e-4)

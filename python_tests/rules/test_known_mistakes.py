@@ -182,19 +182,11 @@ def test_flower_fedavg_broadcast_is_no_trap_for_heterogeneous_rules(rule: str) -
             assert norm(update(result.client_adapter(k), module) - expected) <= bound
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "lora_bias"),
-    ],
-    ids=["dora", "lora_bias"],
-)
 def test_peft_add_weighted_adapter_is_silent_about_what_it_cannot_represent(
-    changes: dict[str, object], words: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    folder = write_client(tmp_path / "site", draw().drawn[0], **changes)
-    with pytest.raises(flk.AdapterError, match=words):
+    folder = write_client(tmp_path / "site", draw().drawn[0], use_dora=True)
+    with pytest.raises(flk.AdapterError, match="DoRA"):
         flk.Adapter.load(folder)
 
 

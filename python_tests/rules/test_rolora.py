@@ -4,13 +4,12 @@ import pytest
 import torch
 from federation import (
     EQUAL_RANK_CASES,
-    Drawn,
     Federation,
     assert_ideal,
     assert_report,
     draw,
-    federation,
     of_batch,
+    with_common,
 )
 from matrices import EQUAL_RANK_CASES as FAMILY_CASES
 from matrices import FAMILIES, case_id
@@ -18,19 +17,6 @@ from matrices import FAMILIES, case_id
 import fedlora_kernels as flk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def common(round_: Federation, side: str) -> Federation:
-    """The same clients with the first client's A or B in all that have the module."""
-    drawn = []
-    for client in round_.drawn:
-        changed = {}
-        for module, item in client.items():
-            first = next(c[module] for c in round_.drawn if module in c)
-            b, a = (item.b, first.a) if side == "a" else (first.b, item.a)
-            changed[module] = Drawn(b, a, item.scaling)
-        drawn.append(changed)
-    return federation(drawn, round_.weights)
 
 
 def assert_exact(round_: Federation, side: str) -> None:
@@ -47,14 +33,14 @@ def assert_exact(round_: Federation, side: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("case", EQUAL_RANK_CASES)
 def test_exact_with_either_factor_fixed(case: str, dtype: torch.dtype, side: str) -> None:
-    assert_exact(common(draw(**EQUAL_RANK_CASES[case], dtype=dtype), side), side)
+    assert_exact(with_common(draw(**EQUAL_RANK_CASES[case], dtype=dtype), side), side)
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
 @pytest.mark.parametrize("case", [case for case in FAMILY_CASES if case[1] in DTYPES], ids=case_id)
 def test_families(case: tuple[str, torch.dtype], side: str) -> None:
     name, dtype = case
-    assert_exact(common(of_batch(FAMILIES[name].build(dtype)), side), side)
+    assert_exact(with_common(of_batch(FAMILIES[name].build(dtype)), side), side)
 
 
 def test_clients_that_trained_both_are_refused() -> None:

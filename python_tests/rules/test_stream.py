@@ -61,7 +61,7 @@ def assert_same(found: flk.Aggregation, expected: flk.Aggregation, drawn: Federa
     for module, pair in expected.adapter.factors.items():
         other = found.adapter.factors[module]
         assert other.layout == pair.layout, module
-        assert (other.scaling, other.embedding) == (pair.scaling, pair.embedding)
+        assert (other.scaling, other.kind) == (pair.scaling, pair.kind)
         size = drawn.spread(module)
         bound = 16 * EPS[pair.b.dtype] * size
         parts = [(found.adapter, expected.adapter)]

@@ -32,11 +32,13 @@ AVERAGING_RULES = (
     "fedex",
     "lora_fair",
     "rolora",
+    "lora_a2",
+    "florg",
     "fedmomentum",
 )
 """The rules that need equal ranks."""
 
-FIXED_A = ("ffa", "rolora", "fedsvd")
+FIXED_A = ("ffa", "rolora", "lora_a2", "fedsvd")
 """The rules whose clients here hold one A."""
 
 BY_HOLDERS = ("raflora", "rbla")
@@ -316,6 +318,19 @@ def of_batch(batch: Batch) -> Federation:
         for k in range(batch.clients)
     ]
     return federation(drawn, batch.weights.tolist())
+
+
+def with_common(round_: Federation, side: str) -> Federation:
+    """The same clients with the first client's A or B in all that have the module."""
+    drawn = []
+    for client in round_.drawn:
+        changed = {}
+        for module, item in client.items():
+            first = next(c[module] for c in round_.drawn if module in c)
+            b, a = (item.b, first.a) if side == "a" else (first.b, item.a)
+            changed[module] = Drawn(b, a, item.scaling)
+        drawn.append(changed)
+    return federation(drawn, round_.weights)
 
 
 def update(adapter: flk.Adapter, module: str) -> torch.Tensor:
