@@ -36,7 +36,7 @@ from fedlora_kernels.rules import Rule
 Client = int | str
 """A client as its framework knows it."""
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ class Exchange:
         self._own: dict[Client, Adapter] = {}
         self._keys: dict[Client, list[str]] = {}
         self._merged: list[Adapter] = []
+        self._afresh = False
+        """whether the last update lies in the base as a whole, so that clients start from B = 0"""
         self._has: dict[Client, int] = {}
         self._path = None if state is None else Path(state)
         if self._path is not None and self._path.is_file():
@@ -149,7 +151,7 @@ class Exchange:
 
     def _received(self, own: Adapter, who: str) -> Adapter:
         assert self._delivery is not None
-        if self.rule.after == "merge":  # afresh: the update is merged into the base
+        if self._afresh:
             zero = {key: torch.zeros_like(x) for key, x in own.factor_tensors("b").items()}
             extras = self._delivery.received(own, who).extras
             tensors = {**own.state_dict(), **extras, **zero}
@@ -276,8 +278,9 @@ class Exchange:
         if self.rule.after == "merge":
             for client in adapters:
                 self._has[client] = len(self._merged)
-            parts = [result.adapter, *([result.residual] if result.residual else [])]
-            self._merged += [restored(saved(part)) for part in parts]
+            rest = result.residual
+            self._afresh = rest is None
+            self._merged.append(restored(saved(result.adapter if rest is None else rest)))
         back = list(self._delivery.returned(self._delivery.adapter))
         templates = {_signature(own): own for own in self._own.values()}
         if not self._differs:
@@ -290,7 +293,7 @@ class Exchange:
             self._keys[client] = list(dict.fromkeys([*mine, *(k for k in back if "lora_" in k)]))
         self._ready = {}
         self._started = {}
-        if self.rule.after == "continue":
+        if not self._afresh:
             self.arrays = self._common()
         else:
             beside = self._delivery.adapter.extras
@@ -355,6 +358,7 @@ class Exchange:
                 for client, own in self._own.items()
             },
             "merged": [saved(adapter) for adapter in self._merged],
+            "afresh": self._afresh,
         }
 
     def _restore(self, path: Path) -> None:
@@ -379,6 +383,7 @@ class Exchange:
             self._own[client], self._keys[client] = owners[place], sent
             self._has[client] = has
         self._merged = [restored(adapter) for adapter in content["merged"]]
+        self._afresh = content["afresh"]
 
     # ---- figures -------------------------------------------------------------------------------
 

@@ -420,6 +420,28 @@ def test_rules_that_merge_need_clients_that_declare_it():
     assert all(not x.any() for key, x in start.items() if "lora_B" in key)
 
 
+@pytest.mark.parametrize("rule", ["fedex", "fedmomentum"])
+def test_a_residual_is_merged_and_the_adapter_goes_on(rule):
+    def merging(k, reply, _):
+        reply["merging"] = ConfigRecord({"merges": True})
+        return reply
+
+    round_ = draw(alphas=(8, 8, 8))
+    made = strategy(rule)
+    grid, _ = run(made, answers(round_, change=merging), round_.adapters[0], rounds=2)
+    expected = round_.aggregate(rule)
+    second = next(m for m in grid.sent[3:] if m.metadata.dst_node_id == 11)
+    assert sorted(second.content.array_records) == ["arrays", "merged/0"]
+    rest = flower.read_adapter(second.content, "merged/0")
+    assert_same(rest.state_dict(), expected.residual.state_dict())
+    start = from_arrays(second.content.array_records["arrays"])
+    began = flk.Adapter.from_state_dict(start, round_.adapters[0].config)
+    for module in began.factors:
+        torch.testing.assert_close(
+            began.delta(module), expected.adapter.delta(module), rtol=1e-5, atol=1e-5
+        )
+
+
 def test_rounds_tell_what_to_train():
     round_ = draw(common_a=True)
     grid, _ = run(strategy("rolora"), answers(round_), round_.adapters[0], rounds=2)
