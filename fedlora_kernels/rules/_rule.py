@@ -53,8 +53,6 @@ class Rule:
     """what a client sends, in words"""
     exact: ClassVar[str]
     """how the global update stands to the ideal one, in words"""
-    is_exact: ClassVar[bool] = False
-    """True where the error is rounding only"""
     heterogeneous: ClassVar[bool] = False
     """clients may have different ranks"""
     sends: ClassVar[Literal["both", "b", "a"]] = "both"

@@ -26,7 +26,6 @@ class FedEx(Rule):
     title = "FedEx-LoRA"
     paper = "2410.09432"
     exact = "exact, with its residual"
-    is_exact = True
     after = "merge"
     bounded = True
 

@@ -28,7 +28,6 @@ class FedSVD(Rule):
     paper = "2505.12805"
     travels = "B up; B and A down"
     exact = "exact"
-    is_exact = True
     sends = "b"
     returns = "both"
     trains = "b"

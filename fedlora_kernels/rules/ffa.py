@@ -26,7 +26,6 @@ class FFA(Rule):
     travels = "B (A is fixed)"
     exact = "exact"
     averages = True
-    is_exact = True
     sends = "b"
     trains = "b"
     separable = True

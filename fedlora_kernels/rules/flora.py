@@ -23,7 +23,6 @@ class FLoRA(Rule):
     title = "FLoRA"
     paper = "2409.05976"
     exact = "exact, rank R"
-    is_exact = True
     heterogeneous = True
     after = "merge"
     combination = "cat"

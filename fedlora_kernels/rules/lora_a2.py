@@ -39,7 +39,6 @@ class LoRAA2(RoLoRA):
     title = "LoRA-A2"
     paper = "2410.22815"
     exact = "exact for the ranks kept"
-    is_exact = False
 
     budget: int | None = option(
         None, "ranks per module, on average, that count of each client; all of them when None"

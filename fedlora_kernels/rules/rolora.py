@@ -30,7 +30,6 @@ class RoLoRA(Rule):
     paper = "2409.02346"
     travels = "B and A in turn"
     exact = "exact"
-    is_exact = True
     trains = "alternate"
     separable = True
 
