@@ -19,7 +19,7 @@ BY_TEST := --dist worksteal
 CONFIGURE := $(BIN)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 EMULATED := build/emulated
 
-.PHONY: env run models test test-backends test-slow test-cpp check format bench clean
+.PHONY: env run models test test-backends test-slow test-cpp check format bench docs clean
 
 env: $(STAMP)
 
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/CMakeLis
 		torch jaxlib scipy-openblas64 scikit-build-core pybind11 cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 		-C cmake.define.FEDLORA_WERROR=ON \
-		-e '.[triton,jax,plot,integration,flower,nvflare,tensorboard,bench,dev]'
+		-e '.[triton,jax,plot,integration,flower,nvflare,tensorboard,bench,docs,dev]'
 	@touch $@
 
 # Waiting threads must not spin: on two shared cores that costs more than the work.
@@ -87,6 +87,10 @@ format: env
 bench: env
 	$(BIN)/python -m benchmarks.run --suite all --threads 2 --results benchmarks/results
 	$(BIN)/python -m benchmarks.figures
+
+# The documentation site, in build/site.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:
 	rm -rf $(VENV) build dist runs

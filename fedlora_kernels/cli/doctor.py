@@ -16,36 +16,56 @@ _TOLERANCE = 1e-12
 
 
 @click.command
-def doctor() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, to be pasted into a bug report.")
+def doctor(as_json: bool) -> None:
     """Report the installation and run one small aggregation."""
     from fedlora_kernels.backends import backend, ordered
 
-    console = screen.out()
-    facts = Table.grid(padding=(0, 2))
-    for name, value in _facts():
-        facts.add_row(Text(name, style="bold"), Text(value))
-    console.print(facts)
-    console.print()
-
-    table = screen.table("backend", "usable", "why", title="Backends, best first")
+    facts = dict(_facts())
+    refusal = None
     try:
         active = backend()
     except RuntimeError as error:  # FEDLORA_BACKEND names one that cannot be used
-        active = ""
-        console.print(Text(str(error)), soft_wrap=True)
-    for candidate in ordered():
-        usable = "active" if candidate.name == active else "yes" if candidate.serves else "no"
-        table.add_row(Text(candidate.name), usable, Text(candidate.reason))
-    screen.show(console, table)
-
-    if not _has_torch():
-        console.print("Self-check: left out, torch is missing (pip install torch)")
-        return
-    verdicts = {device: _verdict(device) for device in _devices()}
-    for device, verdict in verdicts.items():
-        console.print(Text(f"Self-check on {device}: {verdict}"), soft_wrap=True)
+        active, refusal = "", str(error)
+    backends = {
+        one.name: ("active" if one.name == active else "yes" if one.serves else "no", one.reason)
+        for one in ordered()
+    }
+    verdicts = {device: _verdict(device) for device in _devices()} if _has_torch() else {}
+    if as_json:
+        rows = {name: {"usable": usable, "why": why} for name, (usable, why) in backends.items()}
+        content = {"facts": facts, "backends": rows, "refusal": refusal, "self_check": verdicts}
+        screen.print_json(content)
+    else:
+        _show(facts, backends, refusal, verdicts)
     if not all(verdict.startswith("ok") for verdict in verdicts.values()):
         raise click.exceptions.Exit(1)
+
+
+def _show(
+    facts: dict[str, str],
+    backends: dict[str, tuple[str, str]],
+    refusal: str | None,
+    verdicts: dict[str, str],
+) -> None:
+    console = screen.out()
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        grid.add_row(Text(name, style="bold"), Text(value))
+    console.print(grid)
+    console.print()
+
+    table = screen.table("backend", "usable", "why", title="Backends, best first")
+    if refusal is not None:
+        console.print(Text(refusal), soft_wrap=True)
+    for name, (usable, why) in backends.items():
+        table.add_row(Text(name), usable, Text(why))
+    screen.show(console, table)
+
+    if not verdicts:
+        console.print("Self-check: left out, torch is missing (pip install torch)")
+    for device, verdict in verdicts.items():
+        console.print(Text(f"Self-check on {device}: {verdict}"), soft_wrap=True)
 
 
 def _facts() -> Iterator[tuple[str, str]]:
@@ -54,7 +74,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "torch", _torch()
     if _has_torch():
         yield "CUDA device", _cuda()
-    for package in ("triton", "peft", "numpy"):
+    for package in ("triton", "peft", "numpy", "jax", "flwr"):
         yield package, _version(package)
     yield "threads", _threads()
     yield "FEDLORA_BACKEND", os.environ.get("FEDLORA_BACKEND") or "not set"

@@ -683,6 +683,17 @@ def test_doctor_reports_versions_backends_and_a_self_check():
     assert "Self-check on cpu: ok, relative error" in result.out
 
 
+def test_doctor_as_json():
+    result = run("doctor", "--json")
+    assert (result.code, result.err) == (0, "")
+    report = json.loads(result.out)
+    assert report["facts"]["torch"].startswith(torch.__version__)
+    assert list(report["backends"]) == [backend.name for backend in flk.backends.ordered()]
+    assert report["backends"][flk.backend()]["usable"] == "active"
+    assert report["refusal"] is None
+    assert report["self_check"]["cpu"].startswith("ok, relative error")
+
+
 @pytest.mark.parametrize("what", ["wrong", "raises"])
 def test_doctor_fails_when_the_numbers_are_wrong(monkeypatch, what):
     def check(device):

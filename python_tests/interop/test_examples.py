@@ -38,6 +38,40 @@ def test_live_peft_model(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("mixed: ")
 
 
+def test_numpy_only():
+    run_alone(EXAMPLES / "numpy_only.py", "torch", "rank 8 of 12, relative error 0.1342\n")
+
+
+def test_torch_compile(monkeypatch, capsys):
+    names = run(monkeypatch, "torch_compile.py")
+    expected = flk.ops.stacked_svd(names["b"], names["a"], names["scale"], 0.9)
+    assert torch.equal(names["ranks"], expected[3])
+    assert torch.allclose(names["update"], expected[0] @ expected[1], rtol=0, atol=1e-4)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def run_alone(path, without, expected):
+    """In a process of its own, where one package cannot be imported."""
+    code = f"import runpy, sys; sys.modules[{without!r}] = None; runpy.run_path({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+
+def test_notebook():
+    """Every cell runs; FLoRIST's row is at its floor, and FedIT's is not."""
+    cells = json.loads((EXAMPLES / "combine_adapters.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in cells)
+    names = {}
+    for source in sources:
+        exec(compile(source, "combine_adapters.ipynb", "exec"), names)
+    rows = [result.report["layers.0.q_proj"] for result in names["results"]]
+    assert rows[0].relative_error > 1.2 * rows[0].svd_floor
+    assert rows[2].relative_error == pytest.approx(rows[2].svd_floor, rel=1e-3)
+    assert rows[3].relative_error < 1e-6
+    assert (names["folder"] / "adapter_model.safetensors").is_file()
+
+
 # ---- Flower ------------------------------------------------------------------------------------
 
 
