@@ -109,6 +109,7 @@ void multiply(void* const* arguments, const F& value) {
   constexpr int kStep = 4 * kEach;  // terms per slice
   T a[16][kDepth];
   T b[kDepth][8];
+  emulator::fused += 16 * 8 * kDepth;
   for (int lane = 0; lane < emulator::kWarp; ++lane) {
     const int g = lane / 4;
     const int t = lane % 4;

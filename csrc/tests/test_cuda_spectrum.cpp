@@ -244,6 +244,61 @@ TEST_CASE("spectrum on the device: modules do not mix, and the threads' order ch
   }
 }
 
+TEST_CASE("spectrum on the device: the leading part beside modules without a certificate") {
+  // At R = 70 independent clients have none; 24 KB of shared memory leave these to the vendor.
+  const char* kinds[] = {"shared start", "independent", "zero", "graded", "canceling", "no B"};
+  const int64_t clients = 5, r = 14, rank = clients * r, modules = 6;
+  const double share = 0.9;
+  Matrix gram_b, gram_a, scale;
+  std::vector<Stack> stacks;
+  for (const char* kind : kinds) {
+    stacks.push_back(family(kind, 83, 91, clients, r, 7));
+    const Matrix own_b = gram_b_of(stacks.back()), own_a = gram_a_of(stacks.back());
+    gram_b.insert(gram_b.end(), own_b.begin(), own_b.end());
+    gram_a.insert(gram_a.end(), own_a.begin(), own_a.end());
+    scale.insert(scale.end(), stacks.back().scale.begin(), stacks.back().scale.end());
+  }
+  const Result whole = run(modules, rank, gram_b, gram_a, scale);
+  for (const cuda::Device& device :
+       {emulator::kH200, cuda::Device{132, 60000, 90}, cuda::Device{132, 24000, 80}}) {
+    CAPTURE(device.shared_per_block);
+    const auto with_seed = [&](uint64_t seed) {
+      const emulator::Setting setting(device, seed);
+      return run(modules, rank, gram_b, gram_a, scale, {.energy = share});
+    };
+    const Result part = with_seed(1);
+    for (int64_t module = 0; module < modules; ++module) {
+      CAPTURE(kinds[module]);
+      const double* sigma = part.sigma.data() + module * rank;
+      const double* all = whole.sigma.data() + module * rank;
+      const double total = whole.total_energy[module];
+      double magnitude = 0;
+      for (int64_t k = 0; k < rank; ++k) {
+        const int64_t place = (module * rank + k) * rank + k;
+        magnitude += std::abs(scale[module * rank + k]) * std::sqrt(gram_b[place] * gram_a[place]);
+      }
+      const double noise = kTerms * static_cast<double>(rank) * kEps * magnitude * magnitude;
+      REQUIRE(part.info[module] == 0);
+      CHECK(std::abs(part.total_energy[module] - total) <= noise);
+      double sum = 0;
+      int64_t count = 0;
+      for (; count < rank && sigma[count] > 0; ++count) {
+        CHECK(std::abs(sigma[count] * sigma[count] - all[count] * all[count]) <= noise);
+        sum += sigma[count] * sigma[count];
+      }
+      CHECK(sum >= (share - 1e-12) * total - noise);
+      if (module == 0 || module == 3) CHECK(count < 20);
+      if (module == 1) CHECK(count == rank);
+    }
+    for (const uint64_t seed : {2, 3}) {
+      const Result other = with_seed(seed);
+      CHECK(other.sigma == part.sigma);
+      CHECK(other.left == part.left);
+      CHECK(other.right == part.right);
+    }
+  }
+}
+
 TEST_CASE("spectrum on the device: what is not finite is said, and stays in its module") {
   const int64_t rank = 48, square = rank * rank;
   const Stack stack = family("independent", 53, 61, 2, 24, 1);

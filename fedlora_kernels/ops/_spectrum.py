@@ -36,8 +36,8 @@ def spectrum(
         gram_a: A A^T, [L,R,R] float64.
         scale: [L,R], the diagonal of D (weight times scaling, once per rank).
         energy: a backend may stop as soon as the leading values hold this share of the total
-            energy and leave the others at zero, as ``cpu`` does. ``composed`` and ``reference``
-            always compute all singular values.
+            energy and leave the others at zero, as ``cpu`` and ``cuda`` do. ``composed`` and
+            ``reference`` always compute all singular values.
         max_rank: likewise a cap on how many are needed.
 
     Returns:

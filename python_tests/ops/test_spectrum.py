@@ -1,5 +1,7 @@
 """spectrum against the dense singular value decomposition of the update."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from assertions import (
@@ -116,10 +118,22 @@ def assert_every_component(batch: Batch) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_energy_and_cap_still_give_the_leading_part(name: str) -> None:
     batch = FAMILIES[name].build(torch.float32)
+    few = ((0.5, None), (0.9, 3), (0.99, batch.stacked_rank + 5), (1 - 1e-6, None))
+    assert_leading_part(batch, few)
+
+
+@pytest.mark.parametrize("case", large_cases())
+def test_leading_part_of_large_ranks(case: Large) -> None:
+    """A kernel of its own on a GPU, from a stacked rank of 65 on."""
+    assert_leading_part(case.build(torch.float32), ((0.9, None), (1.0, 16)))
+
+
+def assert_leading_part(batch: Batch, wanted: Iterable[tuple[float, int | None]]) -> None:
+    """What the asked shares of the energy and numbers of components need, and no less."""
     _, _, sigma, _ = reference.stacked_svd(batch.b, batch.a, batch.scale, 1.0)
     total = batch.dense().square().sum((1, 2))
     real = total > gram_noise(batch)
-    for energy, cap in ((0.5, None), (0.9, 3), (0.99, batch.stacked_rank + 5), (1 - 1e-6, None)):
+    for energy, cap in wanted:
         # Just below the asked energy, so that a component on the threshold is not required.
         needed = reference.select_rank(sigma, total, energy - 1e-9, cap)
         with poisoned_memory():

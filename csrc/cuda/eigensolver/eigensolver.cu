@@ -67,6 +67,7 @@ __device__ Prepared prepare(int rank, int size, const double* matrix, double ter
 __global__ void __launch_bounds__(kFactorThreads, 1)
     factor_shifted(Eigenproblem problem, ShiftedFactor shifted, bool whole) {
   const int module = static_cast<int>(blockIdx.x);
+  if (problem.solved != nullptr && problem.solved[module] != 0) return;
   const int rank = static_cast<int>(problem.rank);
   const int size = problem.sizes[module];
   const int64_t square = problem.rank * problem.rank;
@@ -103,6 +104,7 @@ __global__ void __launch_bounds__(kFactorThreads, 1)
 // What the vendor's solver is given: M where it is finite, else zeros.
 __global__ void __launch_bounds__(kFactorThreads, 1) check_finite(Eigenproblem problem) {
   const int module = static_cast<int>(blockIdx.x);
+  if (problem.solved != nullptr && problem.solved[module] != 0) return;
   const int64_t square = problem.rank * problem.rank;
   double* matrix = problem.matrix + module * square;
   const Prepared found = prepare(static_cast<int>(problem.rank), problem.sizes[module], matrix,
@@ -121,6 +123,7 @@ __global__ void __launch_bounds__(kFactorThreads, 1) check_finite(Eigenproblem p
 __global__ void __launch_bounds__(kFactorThreads, 1)
     descending(Eigenproblem problem, const int* info) {
   const int module = static_cast<int>(blockIdx.x);
+  if (problem.solved != nullptr && problem.solved[module] != 0) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int64_t rank = problem.rank;
@@ -155,9 +158,9 @@ void solve_by_vendor(const Eigenproblem& problem, Stream stream) {
   const auto modules = static_cast<unsigned>(problem.modules);
   auto* info = static_cast<int*>(problem.workspace);
   launch(check_finite, dim3(modules), kFactorThreads, 0, stream, problem);
-  vendor::symmetric_eigen(problem.modules, problem.rank, problem.matrix, problem.sigma, info,
-                          static_cast<char*>(problem.workspace) + state_bytes(problem.modules),
-                          stream);
+  void* memory = static_cast<char*>(problem.workspace) + state_bytes(problem.modules);
+  vendor::symmetric_eigen(problem.modules, problem.rank, problem.solved, problem.matrix,
+                          problem.sigma, info, memory, stream);
   launch(descending, dim3(modules), kFactorThreads, 0, stream, problem, info);
 }
 

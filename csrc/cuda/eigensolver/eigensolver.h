@@ -32,6 +32,7 @@ struct Eigenproblem {
   int* count;            // [L] how many are not zero
   double* total_energy;  // [L] trace(M)
   int64_t* info;         // [L]
+  const int* solved;     // [L] where not 0, everything is left alone; or null
   void* workspace;
 };
 

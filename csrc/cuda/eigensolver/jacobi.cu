@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(Shape::kMostThreads, 1)
   const int blocks = kCluster ? static_cast<int>(cluster_size()) : 1;
   const int own = kCluster ? static_cast<int>(cluster_rank()) : 0;
   const int module = static_cast<int>(blockIdx.x) / blocks;
+  if (problem.solved != nullptr && problem.solved[module] != 0) return;
   const int rank = static_cast<int>(problem.rank);
   const int rows = shifted.columns[module] > 0 ? problem.sizes[module] : 0;
   const int n = shifted.columns[module];

@@ -60,8 +60,8 @@ __device__ bool rotate(double* x, double* y, int rows, int stagger, bool active,
   for (int i = 0; i < kChunks; ++i) {
     const int row = (i ^ stagger) * kLanes + lane;
     if (row < rows) {
-      x[row] = cosine * u[i] - sine * v[i];
-      y[row] = sine * u[i] + cosine * v[i];
+      x[row] = fma(cosine, u[i], -sine * v[i]);
+      y[row] = fma(sine, u[i], cosine * v[i]);
     }
   }
   return true;
@@ -103,12 +103,14 @@ class ColumnPairs {
   // One round of `width` disjoint pairs, and the barrier behind it.
   template <class Pair>
   __device__ bool each_pair(const Pair& columns_of) const {
+    constexpr int kGroups = 32 / kLanes;  // of a warp
     const int group = static_cast<int>(threadIdx.x) / kLanes;
     const int groups = static_cast<int>(blockDim.x) / kLanes;
     const int stagger = kLanes == 8 && ld_ % 16 == 0 ? group % 2 : 0;
     bool rotated = false;
 #pragma unroll 1
     for (int base = 0; base < width_; base += groups) {
+      if (base + group / kGroups * kGroups >= width_) break;  // a warp without pairs
       const int pair = base + group;
       int x = 0, y = 0;
       if (pair < width_) columns_of(pair, x, y);

@@ -130,18 +130,26 @@ size_t symmetric_eigen_workspace(int64_t modules, int64_t n) {
   return bytes_for(context(), std::min(modules, most_modules(n)), n).device;
 }
 
-void symmetric_eigen(int64_t modules, int64_t n, double* matrices, double* values, int* info,
-                     void* workspace, Stream stream) {
+void symmetric_eigen(int64_t modules, int64_t n, const int* solved, double* matrices,
+                     double* values, int* info, void* workspace, Stream stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capture));
   if (capture != cudaStreamCaptureStatusNone) {
     throw std::runtime_error("a stacked rank of " + std::to_string(n) +
                              " needs cuSOLVER, which cannot be captured into a CUDA graph");
   }
+  std::vector<int> done(static_cast<size_t>(modules), 0);
+  if (solved != nullptr) {
+    const size_t bytes = done.size() * sizeof(int);
+    check(cudaMemcpyAsync(done.data(), solved, bytes, cudaMemcpyDeviceToHost, stream));
+    check(cudaStreamSynchronize(stream));
+  }
   Context& own = context();
   expect(functions().set_stream(own.handle, stream), "cusolverDnSetStream");
-  for (int64_t first = 0; first < modules; first += most_modules(n)) {
-    const int64_t batch = std::min(most_modules(n), modules - first);
+  for (int64_t first = 0, batch = 1; first < modules; first += batch, batch = 1) {
+    if (done[first] != 0) continue;
+    const int64_t most = std::min(most_modules(n), modules - first);
+    while (batch < most && done[first + batch] == 0) ++batch;
     const Bytes bytes = bytes_for(own, batch, n);
     // What lies there before may come out as wrong eigenvectors (11.7.1).
     check(cudaMemsetAsync(workspace, 0, bytes.device, stream));
@@ -158,9 +166,10 @@ void symmetric_eigen(int64_t modules, int64_t n, double* matrices, double* value
 
 size_t symmetric_eigen_workspace(int64_t, int64_t) { return 0; }
 
-void symmetric_eigen(int64_t modules, int64_t n, double* matrices, double* values, int* info, void*,
-                     Stream) {
+void symmetric_eigen(int64_t modules, int64_t n, const int* solved, double* matrices,
+                     double* values, int* info, void*, Stream) {
   for (int64_t module = 0; module < modules; ++module) {
+    if (solved != nullptr && solved[module] != 0) continue;
     info[module] =
         lapack::symmetric_eigen(n, matrices + module * n * n, values + module * n) ? 0 : 1;
   }

@@ -32,6 +32,7 @@ size_t solve_shared(int64_t rank, int width) {
 // Y = L_1^-T W by blocks of rows from the last, L_1 the pivots' rows of L; then right = Y^T P T D.
 __global__ void __launch_bounds__(kSolveThreads, 1) solve(RightSolve task, int width) {
   const int64_t module = blockIdx.x;
+  if (task.solved != nullptr && task.solved[module] != 0) return;
   const int rank = task.rank;
   const int64_t square = static_cast<int64_t>(rank) * rank;
   const int first = static_cast<int>(blockIdx.y) * width;
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve(RightSolve task, int w
       for (int t = size - 1; t >= 0; --t) {
         double value = y[(start + t) * (width + 1) + thread];
         for (int j = t + 1; j < size; ++j) {
-          value -= corner[j * (kBlock + 1) + t] * y[(start + j) * (width + 1) + thread];
+          value = fma(-corner[j * (kBlock + 1) + t], y[(start + j) * (width + 1) + thread], value);
         }
         y[(start + t) * (width + 1) + thread] = value / corner[t * (kBlock + 1) + t];
       }
@@ -81,8 +82,8 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve(RightSolve task, int w
     for (int d = thread / width; d < start && column < columns; d += kSolveThreads / width) {
       double value = y[d * (width + 1) + column];
       for (int j = 0; j < size; ++j) {
-        value -= lower[static_cast<int64_t>(d) * rank + pivot[start + j]] *
-                 y[(start + j) * (width + 1) + column];
+        value = fma(-lower[static_cast<int64_t>(d) * rank + pivot[start + j]],
+                    y[(start + j) * (width + 1) + column], value);
       }
       y[d * (width + 1) + column] = value;
     }
@@ -149,7 +150,8 @@ void right_of_left(int64_t modules, int64_t rank, int64_t count, const double* s
             .depth_factor = nullptr,
             .column_factor = scale,
             .inverse_squares = true,
-            .factor_stride = rank},
+            .factor_stride = rank,
+            .solved = nullptr},
            stream);
 }
 

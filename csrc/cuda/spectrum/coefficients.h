@@ -26,6 +26,7 @@ struct RightSolve {
   const int* kept;        // [L] columns of L
   const int* count;       // [L] columns of W
   double* right;          // [L, R, R]
+  const int* solved;      // [L] where not 0, right is left alone; or null
 };
 
 // right = W^T L^- T D, rows from `count` on zero.

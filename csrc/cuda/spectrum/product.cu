@@ -40,6 +40,7 @@ __device__ inline void load(double* slice, const double* matrix, int across, int
 
 __global__ void __launch_bounds__(kThreads) product(Product p) {
   const int64_t module = blockIdx.x;
+  if (p.solved != nullptr && p.solved[module] != 0) return;
   const int rows = extent(p.kept_rows, module, p.rows);
   const int columns = extent(p.kept_columns, module, p.columns);
   const int depth = extent(p.kept_depth, module, p.depth);

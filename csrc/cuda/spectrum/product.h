@@ -36,6 +36,7 @@ struct Product {
   const double* column_factor;  // likewise
   bool inverse_squares;         // row_factor holds sigma: rows are divided by its squares
   int64_t factor_stride;
+  const int* solved;  // [L] where not 0, C is left alone; or null
 };
 
 void multiply(const Product& product, Stream stream);

@@ -1,4 +1,5 @@
-// Formula: spectrum.h. Eight launches for any number of modules, nothing comes back to the host:
+// Formula: spectrum.h. Where a part of the spectrum is enough, leading.h is tried first; then eight
+// launches for the modules that it left, nothing comes back to the host (but see vendor.h):
 //
 //   factor           equilibrate, L of T D G_A D T           one block a module
 //   multiply         H = T^+ G_B T^+ L, M = L^T H            tiles of 64 x 64
@@ -16,6 +17,7 @@
 #include "coefficients.h"
 #include "cuda/cholesky.cuh"
 #include "cuda/eigensolver/eigensolver.h"
+#include "leading.h"
 #include "product.h"
 #include "spectrum.h"
 
@@ -35,6 +37,7 @@ struct Scratch {
   int* pivot;       // [L, R]
   int* kept;        // [L] columns of L
   int* count;       // [L] singular values that are not zero
+  int* solved;      // [L] whether the leading part was enough
   void* eigensolver;
   size_t bytes;
 
@@ -54,6 +57,7 @@ struct Scratch {
     pivot = static_cast<int*>(take(modules * rank, sizeof(int)));
     kept = static_cast<int*>(take(modules, sizeof(int)));
     count = static_cast<int*>(take(modules, sizeof(int)));
+    solved = static_cast<int*>(take(modules, sizeof(int)));
     eigensolver = at == nullptr ? nullptr : at + used;
     bytes = used;
   }
@@ -65,7 +69,8 @@ struct Factoring {
   const double* gram_a;
   const double* scale;
   double noise;
-  bool whole;  // L fits in shared memory
+  bool whole;         // L fits in shared memory
+  const int* solved;  // [L] what to leave alone, or null
   Scratch scratch;
 };
 
@@ -80,6 +85,7 @@ __device__ inline double root_of(double square) { return sqrt(fmax(square, 0.0))
 
 __global__ void __launch_bounds__(kFactorThreads, 1) factor(Factoring task) {
   const int64_t module = blockIdx.x;
+  if (task.solved != nullptr && task.solved[module] != 0) return;
   const int rank = task.rank;
   const int64_t square = static_cast<int64_t>(rank) * rank;
   const int64_t step = static_cast<int64_t>(rank) + 1;
@@ -146,9 +152,15 @@ void spectrum(int64_t modules, int64_t rank, const double* gram_b, const double*
   const auto blocks = static_cast<unsigned>(modules);
   const auto r = static_cast<int>(rank);
   const int64_t square = rank * rank;
+  const int* solved = nullptr;
+  if (leading_pays(rank, options)) {
+    leading(modules, rank, gram_b, gram_a, scale, options, out, scratch.solved,
+            {scratch.core, scratch.lower}, stream);
+    solved = scratch.solved;
+  }
   const bool whole = factor_shared(rank, true) <= device().shared_per_block;
   launch(factor, dim3(blocks), kFactorThreads, factor_shared(rank, whole), stream,
-         Factoring{r, gram_b, gram_a, scale, options.noise, whole, scratch});
+         Factoring{r, gram_b, gram_a, scale, options.noise, whole, solved, scratch});
 
   // H lies in left until left itself is known, G of the eigensolver in right.
   Product product = {.modules = modules,
@@ -165,7 +177,8 @@ void spectrum(int64_t modules, int64_t rank, const double* gram_b, const double*
                      .depth_factor = scratch.inverse,
                      .column_factor = nullptr,
                      .inverse_squares = false,
-                     .factor_stride = rank};
+                     .factor_stride = rank,
+                     .solved = solved};
   multiply(product, stream);
   product.a = {scratch.lower, square, r, 1};
   product.b = {out.left, square, 1, r};
@@ -185,6 +198,7 @@ void spectrum(int64_t modules, int64_t rank, const double* gram_b, const double*
                       .count = scratch.count,
                       .total_energy = out.total_energy,
                       .info = out.info,
+                      .solved = solved,
                       .workspace = scratch.eigensolver},
                      stream);
 
@@ -205,7 +219,8 @@ void spectrum(int64_t modules, int64_t rank, const double* gram_b, const double*
                .pivot = scratch.pivot,
                .kept = scratch.kept,
                .count = scratch.count,
-               .right = out.right},
+               .right = out.right,
+               .solved = solved},
               stream);
 }
 

@@ -75,6 +75,9 @@ class Setting {
 
 constexpr int kWarp = 32;
 
+// Fused multiply-adds of the kernels so far; a tensor-core instruction has one per product.
+inline uint64_t fused = 0;
+
 // A place in the source where threads meet.
 struct Site {
   const char* what;
@@ -216,10 +219,14 @@ inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 
 namespace fedlora::cuda {
 
-using std::ceil, std::copysign, std::exp, std::exp2, std::fabs, std::floor, std::fma, std::fmax,
-    std::fmin, std::hypot, std::isfinite, std::isnan, std::ldexp, std::log2, std::pow, std::sqrt,
-    std::trunc;
+using std::ceil, std::copysign, std::exp, std::exp2, std::fabs, std::floor, std::fmax, std::fmin,
+    std::hypot, std::isfinite, std::isnan, std::ldexp, std::log2, std::pow, std::sqrt, std::trunc;
 
+template <class T>
+T fma(T a, T b, T c) {
+  ++emulator::fused;
+  return std::fma(a, b, c);
+}
 template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
