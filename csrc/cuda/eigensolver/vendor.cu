@@ -44,13 +44,13 @@ void find(void* library, const char* name, F*& function) {
                            ": stacked ranks of this size need CUDA 12.6.2 or later");
 }
 
-// The one that belongs to this build's CUDA runtime: by its name where it is loaded or the linker
-// knows it; else beside the runtime, which is where pip puts it ("nvidia/cu13/lib" for all of CUDA
-// 13, "nvidia/<library>/lib" each before) and no linker looks. torch loads it when it first needs
-// it, not at once.
+// The one that belongs to this build's CUDA runtime: beside the runtime, which is where pip puts it
+// ("nvidia/cu13/lib" for all of CUDA 13, "nvidia/<library>/lib" each before) and no linker looks;
+// else by its name. A toolkit that the linker knows must not come first: torch, which loads
+// cuSOLVER when it first needs it, would be given the toolkit's.
 void* open_library() {
   const std::string name = CUDART_VERSION >= 13000 ? "libcusolver.so.12" : "libcusolver.so.11";
-  std::vector<std::string> places = {name};
+  std::vector<std::string> places;
   Dl_info runtime = {};
   if (dladdr(reinterpret_cast<const void*>(&cudaGetDevice), &runtime) != 0) {
     const std::string file = runtime.dli_fname;
@@ -58,6 +58,7 @@ void* open_library() {
     places.push_back(folder + name);
     places.push_back(folder + "../../cusolver/lib/" + name);
   }
+  places.push_back(name);
   for (const std::string& place : places) {
     void* library = dlopen(place.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (library != nullptr) return library;
@@ -153,7 +154,10 @@ void symmetric_eigen(int64_t modules, int64_t n, const int* solved, double* matr
     const Bytes bytes = bytes_for(own, batch, n);
     // What lies there before may come out as wrong eigenvectors (11.7.1).
     check(cudaMemsetAsync(workspace, 0, bytes.device, stream));
-    if (own.host.size() < bytes.host) own.host.resize(bytes.host);
+    if (own.host.size() < bytes.host) {
+      check(cudaDeviceSynchronize());  // an earlier call may still read what is freed
+      own.host.resize(bytes.host);
+    }
     expect(functions().solve(own.handle, own.parameters, kVectors, kLower, n, kDouble,
                              matrices + first * n * n, n, kDouble, values + first * n, kDouble,
                              workspace, bytes.device, own.host.data(), bytes.host, info + first,

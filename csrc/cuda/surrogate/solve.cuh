@@ -49,6 +49,7 @@ __device__ inline void solve_factored(int n, int columns, const double* l, const
   for (int j = columns - 1; j >= 0; --j) {
     const double* column = l + j * n;
     const double known = warp_sum(n, [&](int i) { return column[i] * x[i]; });
+    __syncwarp();  // all have read x
     if (lane == 0) x[pivot[j]] = (work[j] - known) / column[pivot[j]];
     __syncwarp();
   }
