@@ -6,7 +6,7 @@ and leave its config as it was.
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +76,46 @@ def opened(
     if reason is not None:
         raise AdapterError(f"{who}: {reason}")
     with _gathered(model, who, writing):
-        layers = _layers(inner, chosen, who)
+        layers = _layers(_tuner_layers(inner), chosen, who)
         state = _state(inner, chosen, who)
         scalings = _scalings(layers, chosen, who)
         yield Live(state, scalings, _rescaled(config, layers, chosen, scalings))
+
+
+def opened_together(model: Any, names: Sequence[str]) -> list[Live]:
+    """Several LoRA adapters of a ``peft.PeftModel``, open for reading, in one walk over its
+    modules: walks, not tensors, take the time.
+
+    Raises:
+        AdapterError: as for :func:`opened`; an adapter's own name is that of its client.
+    """
+    walked = _tuner_layers(model)
+    found = []
+    for name in names:
+        config = peft_format.plain(model.peft_config[name])
+        reason = peft_format.refusal(config)
+        if reason is not None:
+            raise AdapterError(f"{name}: {reason}")
+        layers = _layers(walked, name, name)
+        state = {}
+        for module, layer in layers.items():
+            for kind in layer.adapter_layer_names:
+                held = getattr(layer, kind, {})
+                for own, tensor in _tensors(held[name]) if name in held else ():
+                    _refuse_absent(tensor, f"{name}, module {module}")
+                    state[f"{keys.PREFIX}{module}.{kind}{own}"] = tensor
+        scalings = _scalings(layers, name, name)
+        found.append(Live(state, scalings, _rescaled(config, layers, name, scalings)))
+    return found
+
+
+def _tensors(held: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a layer's entry for an adapter, under what follows the entry's own name."""
+    if isinstance(held, Tensor):
+        yield "", held
+    elif isinstance(held, nn.Module):
+        for name, tensor in (*held.named_parameters(), *held.named_buffers()):
+            yield f".{name}", tensor
 
 
 def _unwrapped(model: Any, who: str) -> Any:
@@ -146,14 +182,17 @@ def _gathered(model: nn.Module, who: str, writing: bool) -> Iterator[None]:
         gather.__exit__(None, None, None)
 
 
-def _layers(model: nn.Module, name: str, who: str) -> dict[str, Any]:
-    """Module -> its layer, of those that hold the adapter and compute with it."""
+def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Path and layer, of PEFT's layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    return [(path, x) for path, x in model.named_modules() if isinstance(x, BaseTunerLayer)]
+
+
+def _layers(walked: Iterable[tuple[str, Any]], name: str, who: str) -> dict[str, Any]:
+    """Module -> its layer, of those that hold the adapter and compute with it."""
     found: dict[str, Any] = {}
-    for path, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
+    for path, layer in walked:
         if not any(name in getattr(layer, kind, ()) for kind in layer.adapter_layer_names):
             continue
         module = _module(path, who)
@@ -192,19 +231,24 @@ def _state(model: nn.Module, name: str, who: str) -> dict[str, Tensor]:
         key = _plain(path, who)
         factor = keys.factor(key)
         where = f"tensor {key}" if factor is None else f"module {factor.module}"
-        if tensor.is_meta:
-            raise AdapterError(
-                f"{who}, {where}: the tensor is on the meta device (offloaded, or never loaded), "
-                "expected it in memory\nload the model without offloading, or call "
-                "accelerate.hooks.remove_hook_from_submodules(model) first"
-            )
-        if hasattr(tensor, "ds_id") and tensor.numel() == 0:
-            raise AdapterError(
-                f"{who}, {where}: the tensor is partitioned by DeepSpeed ZeRO-3, expected it whole"
-                "\nread it inside deepspeed.zero.GatheredParameters(list(model.parameters()))"
-            )
+        _refuse_absent(tensor, f"{who}, {where}")
         state[key] = tensor
     return state
+
+
+def _refuse_absent(tensor: Tensor, where: str) -> None:
+    """Refuse a tensor whose values are elsewhere."""
+    if tensor.is_meta:
+        raise AdapterError(
+            f"{where}: the tensor is on the meta device (offloaded, or never loaded), "
+            "expected it in memory\nload the model without offloading, or call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
+    if hasattr(tensor, "ds_id") and tensor.numel() == 0:
+        raise AdapterError(
+            f"{where}: the tensor is partitioned by DeepSpeed ZeRO-3, expected it whole"
+            "\nread it inside deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
 
 
 def _scalings(layers: Mapping[str, Any], name: str, who: str) -> dict[str, float]:

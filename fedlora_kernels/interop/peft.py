@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora_kernels import ops, rules
 from fedlora_kernels._aggregate import aggregate
@@ -103,16 +103,16 @@ def add_weighted_adapter(
         )
     if not adapters:
         raise ValueError("adapters names none, expected at least one")
-    found = [_source(inner, name) for name in adapters]
+    found = _sources(inner, adapters)
     factors = _checked(weights, found)
     rule, rank = _chosen(combination_type, svd_rank, others, _ranks(tuner, adapters))
     if rule is None:
-        made, config = _linear(found, factors), found[0].config
+        made = _linear(found, factors)
     else:
         result = aggregate(
             _signed(found, factors), rule=rule, weights=[abs(x) for x in factors], heads="local"
         )
-        made, config = _whole(result), result.adapter.config
+        made = _whole(result)
         if rule.personal:
             warnings.warn(
                 f"{rule.name} shares A only: the B of {adapter_name!r} is zero", stacklevel=2
@@ -121,7 +121,8 @@ def add_weighted_adapter(
             warnings.warn(f"{rule.name}: {rule.note}", stacklevel=2)
     if rank is not None:
         made = _padded(made, rank)
-    _add(inner, adapter_name, tuner.peft_config[adapters[0]], config, made)
+    own = peft_format.same_targets([adapter.config for adapter in found], made)
+    _add(inner, adapter_name, tuner.peft_config[adapters[0]], found[0].config, made, own)
 
 
 def hotswap(model: Any, adapter: Adapter, adapter_name: str = "default") -> None:
@@ -214,8 +215,25 @@ def _layers(tuner: Any, name: str) -> dict[str, Any]:
     }
 
 
-def _source(model: Any, name: str) -> Adapter:
-    """One of the adapters that are combined."""
+def _sources(model: Any, names: Sequence[str]) -> list[Adapter]:
+    """The adapters that are combined; their tensors are the model's own."""
+    for name in names:
+        _refuse_source(model, name)
+    found = zip(names, live.opened_together(model, names), strict=True)
+    adapters = [Adapter.from_state_dict(x.whole(), x.config, name=name) for name, x in found]
+    for adapter in adapters:
+        for module, item in adapter.factors.items():
+            if item.kind not in (LAYER, EMBEDDING) or item.bias is not None:
+                what = item.kind.told if item.bias is None else "lora_bias"
+                raise AdapterError(
+                    f"{adapter.name}, module {module}: found {what}, expected linear layers and "
+                    "embeddings; save the adapters, aggregate the folders and load the result"
+                )
+    return adapters
+
+
+def _refuse_source(model: Any, name: str) -> None:
+    """Refuse an adapter that is not there or has tensors beside its factors."""
     if name not in model.base_model.peft_config:
         known = ", ".join(map(repr, model.base_model.peft_config))
         raise ValueError(f"the model has no adapter {name!r}, found {known}")
@@ -231,16 +249,6 @@ def _source(model: Any, name: str) -> Adapter:
                 f"{name}: {field} is {value!r}: weights of any sum and sign do not average tensors "
                 "beside the factors; aggregate the adapters, or leave the field out"
             )
-    with live.opened(model, name, name) as there:  # read once and not kept: no copy
-        found = Adapter.from_state_dict(there.whole(), there.config, name=name)
-    for module, item in found.factors.items():
-        if item.kind not in (LAYER, EMBEDDING) or item.bias is not None:
-            what = item.kind.told if item.bias is None else "lora_bias"
-            raise AdapterError(
-                f"{name}, module {module}: found {what}, expected linear layers and embeddings; "
-                "save the adapters, aggregate the folders and load the result"
-            )
-    return found
 
 
 def _ranks(tuner: Any, adapters: Sequence[str]) -> list[int]:
@@ -292,30 +300,35 @@ def _rescale(layer: Any, name: str, scaling: float) -> None:
 
 
 def _add(
-    model: Any, name: str, like: Any, config: peft_format.Config, made: Mapping[str, Factors]
+    model: Any,
+    name: str,
+    like: Any,
+    config: peft_format.Config,
+    made: Mapping[str, Factors],
+    own_targets: bool,
 ) -> None:
     """The factors as a new adapter of the model, frozen, under a config like the others'."""
     ranks = {module: item.rank for module, item in made.items()}
     scalings = {module: item.scaling for module, item in made.items()}
-    config = peft_format.result_config(config, ranks, scalings, rslora=False, targets=list(made))
+    config = peft_format.result_config(
+        config, ranks, scalings, rslora=False, targets=None if own_targets else list(made)
+    )
     fields = {field: config.get(field) for field in CONFIGURED}
     tuner = model.base_model
-    tuner.peft_config[name] = replace(like, **fields)
-    try:
-        tuner.inject_adapter(tuner.model, name)
+    tuner.peft_config[name] = replace(like, **{**fields, "init_lora_weights": False})
+    try:  # on the meta device: what PEFT would draw takes longer than the combination itself
+        tuner.inject_adapter(tuner.model, name, low_cpu_mem_usage=True)
+        tuner.peft_config[name].init_lora_weights = fields["init_lora_weights"]
         for module, layer in _layers(tuner, name).items():
-            item = made[module]
-            linear = name in layer.lora_A
+            base = getattr(layer.get_base_layer(), "weight", made[module].b)
             a, b = (
-                (layer.lora_A[name].weight, layer.lora_B[name].weight)
-                if linear
-                else (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
+                nn.Parameter(factor.to(base.device, copy=True).contiguous(), False)
+                for factor in (made[module].a, made[module].b)
             )
-            for held, factor in ((a, item.a), (b, item.b)):
-                held.requires_grad_(False)
-                if held.dtype != factor.dtype:
-                    held.data = torch.empty_like(held, dtype=factor.dtype)
-                held.copy_(factor)
+            if name in layer.lora_A:
+                layer.lora_A[name].weight, layer.lora_B[name].weight = a, b
+            else:
+                layer.lora_embedding_A[name], layer.lora_embedding_B[name] = a, b
     except BaseException:
         tuner.delete_adapter(name)
         raise
