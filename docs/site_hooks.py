@@ -1,4 +1,7 @@
-"""For mkdocs: what pages link to outside docs/. Figures come along, other links become text."""
+"""For mkdocs: what pages link to outside docs/, and the docstrings' roles.
+
+Figures come along; other links become text.
+"""
 
 import re
 from pathlib import Path
@@ -23,3 +26,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Point to the figures' new places."""
     return LINK.sub(r"\1", FIGURE.sub(r"\1\2)", markdown))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Leave out the roles of the docstrings' references."""
+    return re.sub(r":(?:class|meth|func|mod|attr):(?=<code>)", "", html)

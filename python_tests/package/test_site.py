@@ -29,3 +29,4 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     functions = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     for name in ("_aggregate.aggregate", "_round.Round", "ops.stacked_svd", "interop.jax.flora_na"):
         assert f'id="fedlora_kernels.{name}"' in functions, name
+    assert ":class:" not in functions
