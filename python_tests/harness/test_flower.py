@@ -63,7 +63,7 @@ def assert_same_bits(one, other):
         pytest.param(
             {
                 "rules": ("fedit", "ffa"),
-                "clients": 4,
+                "clients": 2,
                 "participation": 0.5,
                 "rounds": 3,
                 "optimizer_state": "keep",
