@@ -93,7 +93,7 @@ def opened_together(model: Any, names: Sequence[str]) -> list[Live]:
     found = []
     for name in names:
         config = peft_format.plain(model.peft_config[name])
-        reason = peft_format.refusal(config)
+        reason = refused.reason(config)
         if reason is not None:
             raise AdapterError(f"{name}: {reason}")
         layers = _layers(walked, name, name)
