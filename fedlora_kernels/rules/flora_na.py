@@ -47,7 +47,9 @@ class FLoRANA(Rule):
     paper = "2509.26399"
     exact = "closest pair of averages"
 
-    max_sweeps: int = option(50, "at most so many pairs of least-squares steps")
+    max_sweeps: int = option(
+        50, "the largest number of sweeps, which are pairs of least-squares steps"
+    )
     tol: float = option(
         1e-12, "stop when a sweep lowers the squared error by no more than tol * ||dW||^2"
     )
@@ -56,8 +58,8 @@ class FLoRANA(Rule):
     )
     around: Any = option(
         None,
-        "mix the clients' changes from this global adapter, an Adapter or its folder; 'last' is "
-        "the result of the round before, which result.carried hands on",
+        "mix the clients' changes from this global adapter: its folder, or in Python an Adapter; "
+        "'last' is the result of the last round, which is known only where it was given as carried",
     )
     pair: Any = field(default=None, repr=False, compare=False)
     """p and q of all clients, two tensors [K]; set by :meth:`prepared`, no option"""

@@ -41,7 +41,7 @@ class LoRAA2(RoLoRA):
     exact = "exact for the ranks kept"
 
     budget: int | None = option(
-        None, "ranks per module, on average, that count of each client; all of them when None"
+        None, "how many ranks of each client are used, per module on average; default: all"
     )
     masks: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     """module -> which ranks count of the clients that have it, [K,r]; set by :meth:`prepared`"""
