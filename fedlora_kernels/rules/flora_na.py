@@ -136,7 +136,8 @@ class FLoRANA(Rule):
             if count - joined > MOST_CLIENTS:
                 raise AdapterError(
                     f"{count - joined} clients, expected at most {MOST_CLIENTS} for one pair of "
-                    f"mixing weights for all modules; leave shared out, or aggregate fewer clients"
+                    "mixing weights for all modules; leave `shared` out, or aggregate fewer "
+                    "clients"
                 )
             self.equal_rank(grams)
             if joined:
@@ -168,16 +169,16 @@ class FLoRANA(Rule):
         batch = grams.batch
         if grams.ranks[-1] != grams.ranks[0] and len(batch.clients) == batch.federation:
             raise AdapterError(
-                f"the adapter given as around, module {grams.modules[0]}: rank {grams.ranks[-1]}, "
-                f"expected {grams.ranks[0]} as in {grams.labels[0]}"
+                f"the adapter given with `around`, module {grams.modules[0]}: rank "
+                f"{grams.ranks[-1]}, expected {grams.ranks[0]} as in {grams.labels[0]}"
             )
         for index in range(batch.federation):
             if index not in batch.clients:
                 last = index == batch.federation - 1
-                who = "the adapter given as around" if last else label(index, None)
+                who = "the adapter given with `around`" if last else label(index, None)
                 raise AdapterError(
                     f"{who}, module {grams.modules[0]}: is missing, which others have; changes "
-                    "from a global adapter need every module on both sides (leave around out)"
+                    "from a global adapter need every module on both sides (or leave `around` out)"
                 )
 
     # ---- the last global adapter ---------------------------------------------------------------

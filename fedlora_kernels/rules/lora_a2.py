@@ -106,7 +106,8 @@ class LoRAA2(RoLoRA):
         if known.fixed == "b" and unknown:
             raise AdapterError(
                 f"module {unknown[0]}: the clients trained A, and the A that they started from is "
-                "not known; give the last round's carried, or leave budget out"
+                "not known; give carried=last.carried of the last round's result (in Python only), "
+                "or leave `budget` out"
             )
         return replace(known, masks=_chosen(scores[str(known.fixed)], self.budget))
 
