@@ -316,8 +316,8 @@ class Work:
             biased[name] = replace(item, bias=bias)
             if not finite([bias]):
                 raise AdapterError(
-                    f"module {name}: the mean of lora_bias overflows {item.b.dtype}; ask for a "
-                    "wider dtype"
+                    f"module {name}: the mean of lora_bias overflows {item.b.dtype}; give a "
+                    "wider dtype= (--dtype)"
                 )
         return biased
 
@@ -378,7 +378,8 @@ def _refuse_overflow(batch: Batch, factors: Side) -> None:
         if not bool(factor.isfinite().all()):
             batch.refuse_non_finite()
             raise AdapterError(
-                f"module {module}: the aggregate overflows {factor.dtype}; ask for a wider dtype"
+                f"module {module}: the aggregate overflows {factor.dtype}; "
+                "give a wider dtype= (--dtype)"
             )
 
 
@@ -409,7 +410,7 @@ def _finished(
                 if not finite([item.b]):
                     raise AdapterError(
                         f"module {name}: B times its scaling {finished[name].scaling:g} overflows "
-                        f"{item.b.dtype}; ask for a wider dtype"
+                        f"{item.b.dtype}; give a wider dtype= (--dtype)"
                     )
             finished[name] = item.padded(widest)
     of_tied = [name for name in tied if name in finished]

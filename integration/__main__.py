@@ -37,15 +37,24 @@ def app() -> None:
 @run_flags(out="runs/compare")
 @app.command()
 def compare(start: Start, changes: dict[str, Any]) -> None:
-    """Take several rules through the same rounds and compare them."""
+    """Take several rules through the same rounds and compare them.
+
+    By default every option has the preset's value. The rules' own options other than --energy are
+    set in a preset file, in the table [options.RULE].
+    """
     _run(start, changes)
 
 
 @run_flags(out="runs/run", hidden="rules")
 @app.command()
-@click.option("--rule", help="The rule; else the preset's.")
+@click.option("--rule", help="The rule; by default the preset's rules.")
 def run(start: Start, changes: dict[str, Any], rule: str | None) -> None:
-    """Take one rule, or the preset's, through its rounds; one rule's adapter is left in OUT."""
+    """Take one rule, or the preset's rules, through the rounds.
+
+    If one rule ran, its last adapter is written to OUT. By default every option has the preset's
+    value. The rules' own options other than --energy are set in a preset file, in the table
+    [options.RULE].
+    """
     if changes["rules"] is not None:
         raise SettingsError("run takes one rule (--rule); compare takes several (--rules)")
     _run(start, changes | {"rules": None if rule is None else (rule,)})
@@ -63,7 +72,7 @@ pretrain_command.params += flags_of(Pretraining)
 
 @app.command("lm-eval")
 @click.option("--out", type=FOLDER, required=True, help="Folder of an adapter that a run has left.")
-@click.option("--tasks", required=True, help="The harness's tasks, separated by commas.")
+@click.option("--tasks", required=True, help="Tasks of lm-evaluation-harness, separated by commas.")
 @click.option("--limit", type=int, help="Examples per task.")
 def lm_eval_command(out: Path, tasks: str, limit: int | None) -> None:
     """Evaluate a run's adapter with the language model evaluation harness."""
@@ -76,7 +85,7 @@ def lm_eval_command(out: Path, tasks: str, limit: int | None) -> None:
 @click.option(
     "--out",
     type=FOLDER,
-    help="The report's folder, or .html file; without RUNS the run's folder.",
+    help="The report's folder, or .html file. Without RUNS, the folder of the run.",
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Write the report of one or several earlier runs again, from their files."""

@@ -139,8 +139,9 @@ def show(planned: Plan, console: Console) -> None:
         "model": f"{settings.model}, {planned.parameters:,} parameters",
         "adapters": f"{len(planned.modules)} modules; "
         + ", ".join(f"rank {r}: {planned.adapter(r):,} parameters" for r in planned.ranks),
-        "work": f"{len(settings.rules)} rules x {settings.seeds} seeds x {settings.rounds} rounds "
-        f"of {_span(steps)} steps of {settings.batch_size} examples",
+        "work": f"{_counted(len(settings.rules), 'rule')} x {_counted(settings.seeds, 'seed')} x "
+        f"{_counted(settings.rounds, 'round')} of {_span(steps)} steps of {settings.batch_size} "
+        "examples",
     }
     if rates := settings.learning_rates:
         rows["before"] = f"as many rounds of every rule at {len(rates)} learning rates, one seed"
@@ -168,6 +169,10 @@ def show(planned: Plan, console: Console) -> None:
         memory.add_row(name, f"{size / 1e9:.2f}")
     memory.add_row("together", f"{sum(planned.memory.values()) / 1e9:.2f}")
     console.print(memory)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _data(settings: Settings) -> tuple[str, list[int], int, LoadedTask]:

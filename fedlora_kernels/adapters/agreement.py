@@ -165,7 +165,7 @@ def normalized(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> 
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         values.append(checked(weight, label(index, adapter.name)))
     if not sum(values) > 0:
-        raise AdapterError("all weights are zero; at least one client must count")
+        raise AdapterError("all weights are zero; at least one client must have a positive weight")
     shares = torch.tensor(values, dtype=torch.float64) / max(values)  # the sum may overflow
     return shares / shares.sum()
 

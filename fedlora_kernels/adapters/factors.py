@@ -109,7 +109,8 @@ def fitted(module: str, update: Factors | None, target: Factors) -> Factors:
         )
     if target.scaling == 0:
         raise AdapterError(
-            f"module {module}: the template's scaling is 0, it cannot carry an update"
+            f"module {module}: the template of fit() has scaling 0, with which every update is "
+            "zero; expected another scaling"
         )
     rank, ratio = target.rank, update.scaling / target.scaling
     if update.rank > rank:

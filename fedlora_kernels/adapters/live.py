@@ -132,7 +132,8 @@ def _unwrapped(model: Any, who: str) -> Any:
     where = next((path for path, module in below if _has_adapters(module)), None)
     if where is not None:
         raise AdapterError(
-            f"{who}: found a {kind} that holds a model with adapters as {where!r}; give that model"
+            f"{who}: found a {kind} that holds a model with adapters as {where!r}; give "
+            "that model itself"
         )
     raise AdapterError(f"{who}: found a {kind} without adapters, expected a peft.PeftModel")
 

@@ -53,7 +53,9 @@ def _read(
         raise AdapterError(f"{where}: found lora_{have} without lora_{other}")
     a, b, bias = sides["A"], sides["B"], sides.get("bias")
     if not (a.is_floating_point() and b.is_floating_point()):
-        raise AdapterError(f"{where}: factors are {b.dtype} and {a.dtype}")
+        raise AdapterError(
+            f"{where}: B is {b.dtype} and A {a.dtype}, expected floating-point factors"
+        )
     if found is not None:
         try:
             pairs = experts.read(b, a, found)

@@ -335,7 +335,7 @@ def _rounded(mean: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     made = mean.to(dtype, copy=True)
     if not all_finite(made):
         raise AdapterError(
-            f"module {where}: the aggregate overflows {dtype}; ask for a wider dtype"
+            f"module {where}: the aggregate overflows {dtype}; give a wider dtype= (--dtype)"
         )
     return made
 
@@ -345,7 +345,8 @@ def _scaled(weight: float, power: int, who: str) -> float:
         return math.ldexp(weight, power)
     except OverflowError:
         raise AdapterError(
-            f"{who}: weight {weight} is too large beside the others, whose unit is 2^{-power}"
+            f"{who}: weight {weight} is too large beside those of the clients before, which are in "
+            f"units of 2^{-power}; scale the weights so that none overflows"
         ) from None
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _ROWS = 16
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def _names(chosen: Iterable[type[rules.Rule]]) -> str:
+    return ", ".join(rule.name for rule in chosen)
 
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -61,40 +65,43 @@ def _bytes(text: str) -> int:
     "--weights",
     type=numbers,
     metavar=NUMBERS,
-    help="The clients' weights, numbers of examples say, in the order of the clients; without it "
-    "they count equally.",
+    help="The clients' weights, such as their numbers of examples, in the order of the clients.  "
+    "[default: equal weights]",
 )
 @click.option("--device", help="Where to compute: cpu, cuda, cuda:1, ...")
 @click.option(
     "--absent",
     type=click.Choice(["zero", "renormalize"]),
     default="zero",
-    help="What a client without a module counts as: a zero update, or not at all.",
+    help="A client that lacks a module: its update counts as zero there, or its weight goes to the "
+    "other clients.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["exact", "fast"]),
     default="exact",
-    help="Accumulate in float64, or in float32 with promotion.",
+    help="exact: add up in float64; fast: add up short sums in float32, then these in float64.",
 )
 @click.option(
     "--uniform-rank",
     is_flag=True,
-    help="One rank and one alpha for all modules, for servers that ignore PEFT's patterns.",
+    help="One rank and one alpha for all modules, for inference servers that ignore rank_pattern "
+    "and alpha_pattern.",
 )
 @click.option(
-    "--dtype", type=click.Choice(_DTYPES), help="Dtype of the result; the clients' by default."
+    "--dtype", type=click.Choice(_DTYPES), help="Dtype of the result.  [default: the clients']"
 )
 @click.option(
     "--heads",
     type=click.Choice(["average", "local"]),
-    help="Tensors beside the factors: averaged, or left with their clients; local by default where "
-    "clients keep models of their own, else average.",
+    help="Tensors beside the factors, such as classification heads: average them, or leave each "
+    "client its own.  [default: local under "
+    f"{_names(rule for rule in map(rules.find, rules.names()) if rule.personal)}, else average]",
 )
 @click.option(
     "--same-base",
     is_flag=True,
-    help="The clients have one base model, whatever their configs call it.",
+    help="Do not check that the clients' configs name the same base model.",
 )
 @click.option(
     "--pickled",
@@ -105,8 +112,8 @@ def _bytes(text: str) -> int:
     "--memory-limit",
     type=_bytes,
     metavar="SIZE",
-    help="Memory for the modules that are worked on together, 2GB or 500MB say: modules pass in "
-    "groups, and the result is written as it is made. Without it there is no limit.",
+    help="Memory for the modules that are processed at one time, such as 2GB or 500MB. Modules are "
+    "processed in groups, and each group's result is put on disk.  [default: no limit]",
 )
 @click.option("--modules", is_flag=True, help="List every module, however many there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
@@ -132,7 +139,10 @@ def aggregate(
     """Combine the clients' adapters into one.
 
     Every CLIENT is a PEFT adapter folder (adapter_config.json and adapter_model.safetensors) or a
-    folder of mlx-lm; the result is a PEFT adapter folder, with report.json beside it.
+    folder of mlx-lm. DIR becomes a PEFT adapter folder that holds the global adapter and the rank
+    and error of every module (report.json). If the clients receive different adapters, client N
+    (from 0) finds its own in DIR/clients/N. If a rule has a residual, which is to be merged into
+    the base model, it is in DIR/residual.
     """
     require_torch()
     options = given(context, rule)
@@ -232,11 +242,12 @@ def _described(result: "Aggregation", out: str, seconds: float) -> dict[str, Any
     return {
         "rule": result.rule.name,
         "clients": [adapter.name for adapter in result.clients],
-        **({"note": report.note} if report.note else {}),
         **({"absent": lacking} if lacking else {}),
+        **dict(_notes(result, out)),
         "modules": report.as_dict(),
         "mean": {
             "rank": report.mean_rank,
+            **({} if result.residual is None else _ranks(result)),
             "energy": report.energy,
             "relative_error": report.relative_error,
             "svd_floor": report.svd_floor,
@@ -259,26 +270,71 @@ def _show(result: "Aggregation", out: str, seconds: float, every_module: bool) -
         screen.show(console, _by_projection(report) if summed_up else _by_module(report))
     if result.curve:
         screen.show(console, _curve(result.curve))
-    parts = [f"{result.rule.title}, {len(result.clients)} clients, {len(report)} modules"]
+    clients, modules = (
+        screen.counted(len(result.clients), "client"),
+        screen.counted(len(report), "module"),
+    )
+    parts = [f"{result.rule.title}, {clients}, {modules}"]
     if report:
-        parts.append(
-            f"mean rank {screen.number(report.mean_rank)}, energy {screen.share(report.energy)}, "
-            f"relative error {screen.share(report.relative_error)} (SVD floor "
-            f"{screen.share(report.svd_floor)})"
+        numbers = (
+            f"energy {screen.share(report.energy)}, relative error "
+            f"{screen.share(report.relative_error)} (SVD floor {screen.share(report.svd_floor)})"
         )
+        if result.residual is None:
+            parts.append(f"mean rank {screen.number(report.mean_rank)}, {numbers}")
+        else:
+            adapter, residual = map(screen.number, _ranks(result).values())
+            parts.append(f"mean rank {adapter}, residual of mean rank {residual}")
+            parts.append(f"adapter and residual together: {numbers}")
     parts.append(
         f"per client {screen.spread(result.bytes_up, screen.size)} up, "
         f"{screen.spread(result.bytes_down, screen.size)} down"
     )
     parts += [f"{seconds:.2f} s", f"written to {out}"]
     console.print(Text("; ".join(parts)), soft_wrap=True)
-    if report.note:
-        console.print(Text(f"note: {report.note}"), soft_wrap=True)
+    for kind, note in _notes(result, out):
+        console.print(Text(f"{kind.replace('_', ' ')}: {note}"), soft_wrap=True)
     for index, missing in absent(result.clients).items():
         who = label(index, result.clients[index].name)
         console.print(
             Text(f"note: {who} lacks {len(missing)} modules: {listed(missing)}"), soft_wrap=True
         )
+
+
+def _ranks(result: "Aggregation") -> dict[str, float]:
+    """The mean ranks of the adapter and of the residual, each by itself."""
+    parts = {"adapter_rank": result.adapter, "residual_rank": result.residual}
+    return {
+        name: _mean([factors.rank for factors in part.factors.values()])
+        for name, part in parts.items()
+        if part is not None
+    }
+
+
+def _notes(result: "Aggregation", out: str) -> list[tuple[str, str]]:
+    """What the numbers do not say: the rule's note, how the next round starts, what is lost."""
+    rule, notes = result.rule, []
+    if result.report.note:
+        notes.append(("note", result.report.note))
+    start = f"{out}/clients/N (client N, from 0)" if result.delivery.differs else out
+    if result.residual is not None:
+        merged = f"merge {out}/residual into the base model, then start the clients from {start}"
+        notes.append(("next_round", merged))
+    elif rule.after == "merge":
+        merged = f"merge {out} into the base model, then start the clients from new adapters"
+        notes.append(("next_round", f"{merged} (B = 0)"))
+    elif result.delivery.differs:
+        notes.append(("next_round", f"start the clients from {start}"))
+    if result.carried is not None:
+        notes.append(
+            (
+                "memory",
+                f"{rule.title} remembers earlier rounds, but the command line carries nothing from "
+                "round to round: this is the result of a first round. In Python, give "
+                "aggregate(..., carried=last.carried), where last is the last round's result",
+            )
+        )
+    return notes
 
 
 def _by_module(report: "Report") -> Table:

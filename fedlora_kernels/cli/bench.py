@@ -29,9 +29,10 @@ from fedlora_kernels.cli.program import BadInput, require_torch
 def bench(
     context: click.Context, short: bool, device: str | None, threads: int | None, out: Path | None
 ) -> None:
-    """Time every stage beside its peers on the same inputs; needs a source checkout.
+    """Time the steps of an aggregation beside alternatives such as PEFT, an SVD and NumPy.
 
-    Outputs are checked before a time is reported. `python -m benchmarks.run --list` names more.
+    All get the same inputs, and outputs are checked before a time is reported. Needs a source
+    checkout of this library. `python -m benchmarks.run --list` lists more benchmarks.
     """
     require_torch()
     checkout = Path(fedlora_kernels.__file__).parents[1]

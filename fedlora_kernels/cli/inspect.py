@@ -30,7 +30,7 @@ _TOP = 3
     "--weights",
     type=numbers,
     metavar=NUMBERS,
-    help="The clients' weights; without it they count equally.",
+    help="The clients' weights.  [default: equal weights]",
 )
 @click.option(
     "--energy",
@@ -56,9 +56,9 @@ def inspect(
 ) -> None:
     """Show what adapters hold and how alike they are.
 
-    Every DIR is a PEFT adapter folder. The spectra are those of the ideal aggregate, the weighted
-    sum of the clients' updates s_k B_k A_k; the similarity is the cosine between two clients'
-    updates over all modules.
+    Every DIR is a PEFT adapter folder or a folder of mlx-lm. The spectra are those of the ideal
+    aggregate, the weighted sum of the clients' updates s_k B_k A_k; the similarity is the cosine
+    between two clients' updates over all modules.
     """
     require_torch()
     from fedlora_kernels._inspect import ENERGIES

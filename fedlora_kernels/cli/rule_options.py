@@ -118,12 +118,14 @@ def _option(name: str, owners: dict[str, Option]) -> click.Option:
     defaults: dict[str, list[str]] = {}
     for owner, item in owners.items():
         texts.setdefault(item.help, []).append(owner)
-        defaults.setdefault(_default(item.default), []).append(owner)
+        defaults.setdefault(_default(name, item.default), []).append(owner)
     text = "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
     for value, names in defaults.items():
         if value:
             text += (
-                f" [default: {value}]" if len(defaults) == 1 else f" [{', '.join(names)}: {value}]"
+                f"  [default: {value}]"
+                if len(defaults) == 1
+                else f"  [default of {', '.join(names)}: {value}]"
             )
     declared = flag(name)
     is_bool = kinds[0] is bool
@@ -155,5 +157,8 @@ def _click_type(kind: Any) -> Any:
     return {bool: click.BOOL, int: click.INT, float: click.FLOAT}.get(kind, click.STRING)
 
 
-def _default(value: object) -> str:
+def _default(name: str, value: object) -> str:
+    """The default as one types it; nothing where the help text says it."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
     return "" if value is None or value == () else str(value)

@@ -118,6 +118,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: "1 module", "6 modules"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def share(value: float) -> str:
     """An energy or an error: fixed digits in the middle, 1e-7 for what is nearly nothing."""
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"

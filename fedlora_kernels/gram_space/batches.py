@@ -311,5 +311,7 @@ def _batch(
     squares = scalings.square()
     if not bool(squares.sum().isfinite()):
         index = int((~squares.isfinite()).nonzero()[0])
-        raise AdapterError(f"{made.where(index)}: the square of scaling B A overflows float64")
+        raise AdapterError(
+            f"{made.where(index)}: scaling * B A is too large: its square overflows float64"
+        )
     return made

@@ -144,7 +144,7 @@ class Grams:
         for values, problem in (
             (squares_b, "B holds NaN, Inf or numbers too large to square"),
             (squares_a, "A holds NaN, Inf or numbers too large to square"),
-            (squares, "the square of scaling B A overflows float64"),
+            (squares, "scaling * B A is too large: its square overflows float64"),
         ):
             bad = (~values.isfinite()).double() @ self.membership
             if bool(bad.any()):

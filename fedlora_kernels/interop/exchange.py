@@ -234,7 +234,7 @@ class Exchange:
         if self.rule.after == "merge" and not reply.merges:
             raise AdapterError(
                 f"rule {self.rule.name} merges its result into the base model: the client must "
-                "declare that it does so (merges), or another rule be taken"
+                "declare that it does so (merges); or choose another rule"
             )
         if not (math.isfinite(reply.weight) and reply.weight >= 0):
             raise AdapterError(f"its weight is {reply.weight}, expected a finite number >= 0")

@@ -225,7 +225,7 @@ class Rule:
         if grams.ranks[-1] != grams.ranks[0]:
             raise AdapterError(
                 f"{grams.labels[-1]}, module {grams.modules[0]}: rank {grams.ranks[-1]}, expected "
-                f"{grams.ranks[0]} as in {grams.labels[0]}; start without carried"
+                f"{grams.ranks[0]} as in {grams.labels[0]}; leave carried= out"
             )
 
     def common_a(self, adapters: Sequence[Adapter]) -> None:

@@ -35,7 +35,8 @@ class ECLoRA(Rule):
     receives = "leading"
 
     error_rank: int | None = option(
-        None, "keep the error at this rank; its whole rank, min(m, n) in the end, when None"
+        None,
+        "rank of the error that is kept; default: its whole rank, which grows to min(m, n)",
     )
 
     def __post_init__(self) -> None:

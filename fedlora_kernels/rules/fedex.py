@@ -31,7 +31,7 @@ class FedEx(Rule):
     bounded = True
 
     residual_rank: int | None = option(
-        None, "truncate the residual to this rank; the whole residual when None"
+        None, "truncate the residual to this rank; default: keep the whole residual"
     )
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class FedMomentum(Rule):
     kept_energy: float = option(
         0.9999, "share of the energy that adapter and residual hold together, in (0, 1]"
     )
-    momentum: float = option(0.0, "share of the last aggregate that is added, in [0, 1)")
+    momentum: float = option(0.0, "share of the last round's update that is added, in [0, 1)")
 
     def __post_init__(self) -> None:
         """Raises ValueError: an option is out of range."""

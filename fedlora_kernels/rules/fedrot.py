@@ -35,7 +35,7 @@ class FedRot(Rule):
     paper = "2602.23638"
     exact = "product of rotated means, not exact"
 
-    softness: float = option(0.5, "how far to rotate, in [0, 1]: 0 is FedIT, 1 the whole way")
+    softness: float = option(0.5, "how far to rotate, in [0, 1]: 0 is FedIT, 1 rotates fully")
     rounds: int = field(default=0, repr=False)
     """how many rounds there were; set by :meth:`recalled`, no option"""
 

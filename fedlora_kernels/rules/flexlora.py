@@ -29,7 +29,7 @@ class FlexLoRA(Rule):
     combination = "svd"
 
     rank: int | None = option(
-        None, "rank of the global adapter; the largest client rank of each module when None"
+        None, "rank of the global adapter; default: the largest client rank of each module"
     )
 
     def __post_init__(self) -> None:

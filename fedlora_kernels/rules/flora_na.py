@@ -47,7 +47,9 @@ class FLoRANA(Rule):
     paper = "2509.26399"
     exact = "closest pair of averages"
 
-    max_sweeps: int = option(50, "at most so many pairs of least-squares steps")
+    max_sweeps: int = option(
+        50, "the largest number of sweeps, which are pairs of least-squares steps"
+    )
     tol: float = option(
         1e-12, "stop when a sweep lowers the squared error by no more than tol * ||dW||^2"
     )
@@ -56,8 +58,8 @@ class FLoRANA(Rule):
     )
     around: Any = option(
         None,
-        "mix the clients' changes from this global adapter, an Adapter or its folder; 'last' is "
-        "the result of the round before, which result.carried hands on",
+        "mix the clients' changes from this global adapter: its folder, or in Python an Adapter; "
+        "'last' is the result of the last round, which is known only where it was given as carried",
     )
     pair: Any = field(default=None, repr=False, compare=False)
     """p and q of all clients, two tensors [K]; set by :meth:`prepared`, no option"""
@@ -134,7 +136,8 @@ class FLoRANA(Rule):
             if count - joined > MOST_CLIENTS:
                 raise AdapterError(
                     f"{count - joined} clients, expected at most {MOST_CLIENTS} for one pair of "
-                    f"mixing weights for all modules; leave shared out, or aggregate fewer clients"
+                    "mixing weights for all modules; leave `shared` out, or aggregate fewer "
+                    "clients"
                 )
             self.equal_rank(grams)
             if joined:
@@ -166,16 +169,16 @@ class FLoRANA(Rule):
         batch = grams.batch
         if grams.ranks[-1] != grams.ranks[0] and len(batch.clients) == batch.federation:
             raise AdapterError(
-                f"the adapter given as around, module {grams.modules[0]}: rank {grams.ranks[-1]}, "
-                f"expected {grams.ranks[0]} as in {grams.labels[0]}"
+                f"the adapter given with `around`, module {grams.modules[0]}: rank "
+                f"{grams.ranks[-1]}, expected {grams.ranks[0]} as in {grams.labels[0]}"
             )
         for index in range(batch.federation):
             if index not in batch.clients:
                 last = index == batch.federation - 1
-                who = "the adapter given as around" if last else label(index, None)
+                who = "the adapter given with `around`" if last else label(index, None)
                 raise AdapterError(
                     f"{who}, module {grams.modules[0]}: is missing, which others have; changes "
-                    "from a global adapter need every module on both sides (leave around out)"
+                    "from a global adapter need every module on both sides (or leave `around` out)"
                 )
 
     # ---- the last global adapter ---------------------------------------------------------------

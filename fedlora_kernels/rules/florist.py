@@ -36,15 +36,17 @@ class FLoRIST(Rule):
     preferred = True
 
     energy: float = option(0.9, "share of the energy that each module keeps, in (0, 1]")
-    rank: int | None = option(None, "a fixed rank instead, capped at min(R, m, n)")
-    max_rank: int | None = option(None, "cap on every module's rank")
+    rank: int | None = option(
+        None, "a fixed rank in the place of energy, at most min(R, m, n); R: sum of client ranks"
+    )
+    max_rank: int | None = option(None, "the largest rank of a module; default: no limit")
     rank_budget: int | None = option(
         None,
-        "the sum of all modules' ranks instead; spent, largest sigma^2 / (m + n) first, where a "
-        "parameter buys the most energy (every non-zero module gets one)",
+        "the sum of all modules' ranks, in the place of energy; ranks go first to where the energy "
+        "per parameter, sigma^2 / (m + n), is largest; every non-zero module gets at least one",
     )
     energies: Sequence[float] = option(
-        (), "more shares to report ranks and errors for, from the same factorization"
+        (), "more energies to report ranks and errors for, from the same factorization"
     )
     split: Split = option("b", "which factor carries the singular values: b, balanced or a")
     spent: Mapping[str, int] | None = field(default=None, repr=False)

@@ -36,14 +36,14 @@ class HetLoRA(Rule):
 
     norm_weighted: bool = option(
         True,
-        "weight a client by the norm of its update (the paper's sparsity-weighted aggregation); "
-        "False is plain zero-padding, with the clients' own weights",
+        "weight a client by the norm of its update (the paper's sparsity-weighted aggregation), "
+        "and not by its own weight; otherwise plain zero-padding, with the clients' own weights",
     )
     per_module: bool = option(
         False, "take the norm of each module by itself, instead of one norm over all modules"
     )
     example_weighted: bool = option(
-        False, "multiply the norm by the client's own weight, which the paper does not"
+        False, "multiply the norm by the client's own weight, which the paper does not do"
     )
     norms: Mapping[int, float] | None = field(default=None, repr=False)
     """client -> its weight times the norm, over all modules; set by :meth:`prepared`, no option"""

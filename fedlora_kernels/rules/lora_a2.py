@@ -41,7 +41,7 @@ class LoRAA2(RoLoRA):
     exact = "exact for the ranks kept"
 
     budget: int | None = option(
-        None, "ranks per module, on average, that count of each client; all of them when None"
+        None, "how many ranks of each client are used, per module on average; default: all"
     )
     masks: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     """module -> which ranks count of the clients that have it, [K,r]; set by :meth:`prepared`"""
@@ -106,7 +106,8 @@ class LoRAA2(RoLoRA):
         if known.fixed == "b" and unknown:
             raise AdapterError(
                 f"module {unknown[0]}: the clients trained A, and the A that they started from is "
-                "not known; give the last round's carried, or leave budget out"
+                "not known; give carried=last.carried of the last round's result (in Python only), "
+                "or leave `budget` out"
             )
         return replace(known, masks=_chosen(scores[str(known.fixed)], self.budget))
 

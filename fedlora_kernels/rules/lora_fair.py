@@ -44,7 +44,7 @@ class LoRAFAIR(Rule):
     exact = "mean A, corrected B"
 
     form: Form = option("cosine", "what the correction minimizes: cosine (the paper's) or ridge")
-    penalty: float = option(0.01, "what the size of the correction counts, not negative")
+    penalty: float = option(0.01, "weight of the correction's size, >= 0")
 
     def __post_init__(self) -> None:
         """Raises ValueError: form is unknown, or penalty is negative."""

@@ -17,6 +17,8 @@ from integration.settings.fields import ENERGY_RULES, Settings, SettingsError, a
 LISTS = {"rules": str, "ranks": int, "target_modules": str, "learning_rates": float}
 """Settings that are lists, and the type of their entries."""
 
+ENGINES = ("local", "flower")
+
 TYPES: dict[Any, click.ParamType[Any]] = {
     bool: click.BOOL,
     int: click.INT,
@@ -32,18 +34,26 @@ class Start:
 
     preset: str = setting("A name in integration/presets, or a .toml file", "quickstart")
     out: Path = field(default=Path("runs"), metadata=about("Folder for the run's files"))
-    resume: bool = setting("Go on after the last finished round of this folder", False)
-    engine: str = setting("Where the clients train: local, or flower (its nodes)", "local")
-    superlink: str | None = setting(
-        "With flower: HOST:PORT of one that is up; else nodes are simulated", None
+    resume: bool = setting("Continue after the last finished round in the folder --out", False)
+    engine: str = setting(
+        "Where the clients train: in this process, or on Flower's nodes", "local", ENGINES
     )
-    dry_run: bool = setting("Only print what the run would hold, move and take", False)
-    tiny: bool = setting("In miniature: a random model, synthetic examples, seconds", False)
+    superlink: str | None = setting(
+        "With --engine flower: HOST:PORT of a running SuperLink without TLS; by default one is "
+        "started here, with simulated nodes",
+        None,
+    )
+    dry_run: bool = setting(
+        "Only print the work, the traffic and an estimate of the memory of the run", False
+    )
+    tiny: bool = setting(
+        "A miniature of the run, which takes seconds: random model, synthetic examples", False
+    )
 
     def __post_init__(self) -> None:
         """Raises SettingsError for what cannot be started."""
-        if self.engine not in ("local", "flower"):
-            raise SettingsError(f"engine must be local or flower, found {self.engine!r}")
+        if self.engine not in ENGINES:
+            raise SettingsError(f"engine must be {' or '.join(ENGINES)}, found {self.engine!r}")
         if self.superlink is not None and self.engine != "flower":
             raise SettingsError("superlink needs --engine flower")
         if self.out.exists() and not self.out.is_dir():
@@ -113,6 +123,7 @@ def flags_of(kind: type, *, defaults: dict[str, Any] | None = None) -> Iterator[
         yield click.Option(
             [flag],
             type=TYPES[plain],
+            metavar=f"[{'|'.join(words)}]" if (words := f.metadata["words"]) else None,
             is_flag=plain is bool,
             default=default,
             show_default=default is not None,

@@ -168,7 +168,7 @@ def test_what_has_no_adapters_is_refused(model):
 def test_a_model_that_holds_the_adapted_one_says_where():
     holder = nn.Module()
     holder.policy = trained(1)
-    with pytest.raises(flk.AdapterError, match=r"site-3: .* as 'policy'; give that model"):
+    with pytest.raises(flk.AdapterError, match=r"site-3: .* as 'policy'; give that model itself"):
         flk.Adapter.from_model(holder, name="site-3")
 
 

@@ -232,12 +232,52 @@ def test_the_table_lists_modules_and_sums_up_long_models(here, monkeypatch):
 def test_the_last_line_says_it_all(here):
     line = run("aggregate", "a", "b", "--rule", "fedex", "--out", "x")
     refused(line, "client 1 (b), module model.layers.0.mlp.down_proj: rank 4, expected 8")
-    line = run("aggregate", "b", "d", "--rule", "fedex", "--out", "g").out.splitlines()[-1]
-    assert line.startswith("FedEx-LoRA, 2 clients, 6 modules; mean rank 12, energy 1.0000")
+    *_, line, after = run("aggregate", "b", "d", "--rule", "fedex", "--out", "g").out.splitlines()
+    assert line.startswith(
+        "FedEx-LoRA, 2 clients, 6 modules; mean rank 4, residual of mean rank 8; "
+        "adapter and residual together: energy 1.0000, relative error "
+    )
+    merged = "merge g/residual into the base model, then start the clients from g"
+    assert after == f"next round: {merged}"
+    printed = json.loads(run("aggregate", "b", "d", "--rule", "fedex", "--out", "g", "--json").out)
+    assert printed["next_round"] == merged
+    mean = printed["mean"]
+    assert (mean["rank"], mean["adapter_rank"], mean["residual_rank"]) == (12, 4, 8)
     up = sum(flk.Adapter.load(name).bytes for name in "bd") / 2
     assert f"per client {up / 1000:.3g} kB up" in line
     assert line.endswith("written to g")
     assert (here / "g" / "residual" / "adapter_config.json").is_file()
+
+
+AFTER = {
+    "florist": "written to g",
+    "flora": "next round: merge g into the base model, then start the clients from new adapters "
+    "(B = 0)",
+    "flexlora": "next round: start the clients from g/clients/N (client N, from 0)",
+}
+
+
+@pytest.mark.parametrize("rule", AFTER)
+def test_the_next_rounds_start_is_told(here, rule):
+    result = run("aggregate", "b", "--rule", rule, "--out", "g")
+    assert result.out.splitlines()[-1].endswith(AFTER[rule])
+    assert " 1 client, 6 modules; " in result.out
+
+
+@pytest.mark.parametrize("rule", flk.rules.names())
+def test_a_rule_with_memory_is_told_to_have_lost_it(here, rule):
+    """Which rules remember is what their results carry."""
+    result = run("aggregate", "b", "--rule", rule, "--out", "g")
+    carried = flk.aggregate([flk.Adapter.load("b")], rule=rule).carried
+    told = "memory: " in result.out and "a first round. In Python, give aggregate(" in result.out
+    assert (result.code, told) == (0, carried is not None)
+
+
+def test_an_option_may_give_a_rule_its_memory(here):
+    arguments = ["aggregate", "b", "--rule", "fedmomentum", "--out", "g"]
+    assert "memory: " not in run(*arguments).out
+    result = json.loads(run(*arguments, "--momentum", "0.5", "--json").out)
+    assert result["memory"].startswith("FedMomentum remembers earlier rounds")
 
 
 def test_energies_print_the_curve(here):
@@ -352,12 +392,16 @@ def test_options_that_were_not_given_keep_the_rules_own_defaults(here, monkeypat
 def test_the_help_names_each_options_rules_and_default():
     text = " ".join(run("aggregate", "--help").out.split())
     assert "--rank INTEGER flexlora: rank of the global adapter" in text
-    assert "florist: a fixed rank instead, capped at min(R, m, n)" in text
+    assert "florist: a fixed rank in the place of energy, at most min(R, m, n)" in text
+    assert "hetlora: take the norm of each module by itself" in text
+    assert "[default: --no-per-module]" in text
     assert "in (0, 1] [default: 0.9]" in text
     assert "--norm-weighted / --no-norm-weighted hetlora:" in text
     assert "--energies NUMBER,NUMBER,..." in text
     for option in SAMPLES:
         assert "--" + option.replace("_", "-") in text
+    for python in ("None", "True", "False"):  # which cannot be typed
+        assert python not in text
 
 
 def test_no_rules_option_hides_one_of_the_commands_own():

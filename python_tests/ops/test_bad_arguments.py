@@ -114,7 +114,9 @@ def test_an_aggregate_that_its_dtype_cannot_hold(
 def test_a_scaling_whose_square_no_float64_holds(rule: str) -> None:
     """It would make norms infinite or NaN, and every rank zero."""
     round_ = draw(alphas=(8, 1e200, 8), common_a=True)
-    words = r"client 1 \(site-1\), module layers.*: the square of scaling B A overflows"
+    words = (
+        r"client 1 \(site-1\), module layers.*: scaling \* B A is too large: its square overflows"
+    )
     with pytest.raises(flk.AdapterError, match=words):
         round_.aggregate(rule)
 

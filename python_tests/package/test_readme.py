@@ -1,5 +1,6 @@
 """The README as its reader meets it: its code runs, its commands work, what it names is there."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -16,7 +17,8 @@ from fedlora_kernels.cli.rules import as_markdown
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARRAYS = "".join(
-    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("numpy.md", "jax.md")
+    (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("numpy.md", "jax.md", "dlpack.md")
 )
 PYTHON = re.findall(r"```python\n(.*?)```", README + ARRAYS, re.DOTALL)
 COMMANDS = re.findall(r"(?:^|`)(fedlora [^`\n]*)", README, re.MULTILINE)
@@ -32,7 +34,7 @@ def _clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_code_to_run() -> None:
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
     assert {line.split()[1] for line in COMMANDS} == {"aggregate", "inspect", "rules", "doctor"}
 
 
@@ -87,6 +89,12 @@ def test_papers_have_this_version() -> None:
 
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_parse(page: Path) -> None:
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+        ast.parse(code, page.name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

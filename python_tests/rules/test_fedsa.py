@@ -171,6 +171,24 @@ def test_vera_projections_that_differ_are_refused() -> None:
         flk.aggregate(clients, rule="fedsa")
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_the_client_without_a_vera_module_is_named(place: int) -> None:
+    clients = vera_clients()
+    state = {k: x for k, x in vera_state(place).items() if "layers.1" not in k}
+    clients[place] = flk.Adapter.from_state_dict(state, vera_config(), name=f"site-{place}")
+    assert len(clients[place].vera) == len(clients[1].vera) - 1
+    with pytest.raises(flk.AdapterError, match=rf"^client {place} .*layers.1.*has no VeRA vectors"):
+        flk.aggregate(clients, rule="fedsa")
+
+
+def test_vera_projections_of_some_clients_are_refused() -> None:
+    clients = [*vera_clients(True)[:2], vera_clients(False)[2]]
+    with pytest.raises(
+        flk.AdapterError, match=r"has no tensor .*vera_A, unlike client 0.*the same"
+    ):
+        flk.aggregate(clients, rule="fedsa")
+
+
 @pytest.mark.parametrize("rule", [rule for rule in flk.rules.names() if rule != "fedsa"])
 def test_vera_with_another_rule_is_refused(rule: str) -> None:
     with pytest.raises(flk.AdapterError, match=r"site-0.*VeRA.*fedsa"):

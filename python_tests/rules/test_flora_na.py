@@ -320,7 +320,7 @@ def test_around_takes_a_folder_and_what_was_carried(tmp_path: Path) -> None:
 def test_around_needs_every_module_on_both_sides() -> None:
     module = "layers.0.down"
     whole, partial = draw(), draw(absent={1: [module]})
-    words = rf"the adapter given as around, module {module}: is missing"
+    words = rf"the adapter given with `around`, module {module}: is missing"
     for shared in (False, True):
         with pytest.raises(flk.AdapterError, match=words):
             whole.aggregate("flora_na", around=partial.adapters[1], shared=shared)

@@ -103,7 +103,13 @@ def check(adapters: Sequence[Adapter]) -> None:
         who = label(index, adapter.name)
         _check_projections(adapter, first, who)
         for module in sorted(adapter.vera.keys() ^ first.vera.keys()):
-            raise AdapterError(f"{who}, module {module}: only some clients have this VeRA module")
+            have, lack = (who, label(0, first.name))
+            if module in first.vera:
+                have, lack = lack, have
+            raise AdapterError(
+                f"{lack}, module {module}: has no VeRA vectors, which {have} has; all clients must "
+                "have the same VeRA modules"
+            )
         for module, vectors in adapter.vera.items():
             expected = [list(vector.shape) for vector in first.vera[module]]
             found = [list(vector.shape) for vector in vectors]
@@ -118,8 +124,11 @@ def _check_projections(adapter: Adapter, first: Adapter, who: str) -> None:
     for key in PROJECTIONS:
         expected, found = first.extras.get(key), adapter.extras.get(key)
         if (expected is None) != (found is None):
-            verb = "lacks" if found is None else "has an unexpected"
-            raise AdapterError(f"{who} {verb} tensor {key}")
+            have = "no" if found is None else "a"
+            raise AdapterError(
+                f"{who}: has {have} tensor {key}, unlike {label(0, first.name)}; save all clients "
+                "with the same save_projection"
+            )
         if expected is None or found is None or found is expected:
             continue
         if found.shape != expected.shape or not torch.equal(found, expected):
