@@ -260,8 +260,9 @@ def _folders(summary: Mapping[str, Any]) -> Iterator[str]:
     for found in summary["folders"]:
         if "outside_over_files" in found:
             yield (
-                f'- `aggregate(rule="florist")` on {found["clients"]} PEFT folders ({found["case"]}, '
-                f"{found['bytes'] / 1e6:.0f} MB): {duration(found['total_seconds'])}, of which "
+                f'- `aggregate(rule="florist")` on {found["clients"]} PEFT folders '
+                f"({found['case']}, {found['bytes'] / 1e6:.0f} MB): "
+                f"{duration(found['total_seconds'])}, of which "
                 f"{duration(found['operators_seconds'])} in the operators. The rest takes "
                 f"{found['outside_over_files']:.2f} times as long as only reading and writing the "
                 "files."
