@@ -122,8 +122,7 @@ FIGURES = {
     "takes longer than `gram`; the stacked rank R of that point stands beside it. The memory is "
     "the peak of `stacked_svd` beyond its inputs and outputs; the dashed line is the inputs' size:",
     "floors": "Share of the floor that every stage reaches on every input, beside the best peer. "
-    "The brackets in the legend say what the two marks are where a stage has no exact and fast "
-    "variant:",
+    "Three stages have other variants than exact and fast; the legend names them in brackets:",
 }
 """Figure -> the sentence above it."""
 
@@ -182,7 +181,7 @@ def _averages(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if known:
         yield (
             '- `aggregate(rule="fedit")` on adapters in memory: a plain NumPy average takes '
-            f"{_times(min(known))} to {_times(max(known))} times as long, by the model's size."
+            f"{_times(min(known))} to {_times(max(known))} times as long (below 1: it is faster)."
         )
 
 
@@ -253,7 +252,7 @@ def _peaks(summary: Mapping[str, Any]) -> Iterator[str]:
             yield (
                 f"- At R = {found['stacked_rank']} the peak memory of `stacked_svd` beyond its "
                 f"inputs and outputs is {found['peak_bytes'] / 1e6:.1f} MB, "
-                f"{found['peak_over_one_module']:.2f} times the factors of one module."
+                f"{found['peak_over_one_module']:.2f} times all clients' factors of one module."
             )
 
 
@@ -261,11 +260,12 @@ def _folders(summary: Mapping[str, Any]) -> Iterator[str]:
     for found in summary["folders"]:
         if "outside_over_files" in found:
             yield (
-                f'- `aggregate(rule="florist")` on {found["clients"]} PEFT folders of '
-                f"{found['modules']} such modules, {found['dtype']}, "
-                f"{found['bytes'] / 1e6:.0f} MB: {duration(found['total_seconds'])}, of which "
-                f"{duration(found['operators_seconds'])} in the operators. The rest is "
-                f"{found['outside_over_files']:.2f} times what reading and writing the files costs."
+                f'- `aggregate(rule="florist")` on {found["clients"]} PEFT folders '
+                f"({found['case']}, {found['bytes'] / 1e6:.0f} MB): "
+                f"{duration(found['total_seconds'])}, of which "
+                f"{duration(found['operators_seconds'])} in the operators. The rest takes "
+                f"{found['outside_over_files']:.2f} times as long as only reading and writing the "
+                "files."
             )
 
 

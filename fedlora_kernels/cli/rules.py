@@ -48,7 +48,7 @@ def as_markdown() -> str:
                 rule.travels,
                 rule.exact,
                 "yes" if rule.heterogeneous else "no",
-                {"continue": "the global adapter", "merge": "the base, merged"}[rule.after],
+                rule.start(),
             )
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -65,6 +65,8 @@ class Rule:
     """the factors a client trains; "alternate" is B in odd rounds, A in even ones"""
     after: ClassVar[Literal["continue", "merge"]] = "continue"
     """what a round starts from by default: the global adapter, or the base with it merged in"""
+    residual: ClassVar[bool] = False
+    """of a rule that merges: only a residual is merged, and clients go on from the adapter"""
     separable: ClassVar[bool] = False
     """each factor is averaged by itself, so that one held fixed comes out as it went in"""
     bounded: ClassVar[bool] = False
@@ -77,6 +79,15 @@ class Rule:
     """what PEFT calls it, as a ``combination_type`` of add_weighted_adapter; may be empty"""
     aggregates: ClassVar[tuple[str, ...]] = ("LORA",)
     """the adapter kinds that it can aggregate, as PEFT's peft_type"""
+
+    @classmethod
+    def start(cls) -> str:
+        """What the next round starts from, in words."""
+        if cls.personal:
+            return "each client's own adapter"
+        if cls.residual:
+            return "the global adapter; its residual is merged into the base"
+        return "the base, merged" if cls.after == "merge" else "the global adapter"
 
     @classmethod
     def link(cls) -> str:

@@ -27,6 +27,7 @@ class FedEx(Rule):
     paper = "2410.09432"
     exact = "exact, with its residual"
     after = "merge"
+    residual = True
     bounded = True
 
     residual_rank: int | None = option(

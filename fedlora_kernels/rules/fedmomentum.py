@@ -33,6 +33,7 @@ class FedMomentum(Rule):
     paper = "2603.08014"
     exact = "exact up to the energy kept"
     after = "merge"
+    residual = True
     bounded = True
 
     kept_energy: float = option(

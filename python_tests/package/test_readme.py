@@ -21,7 +21,7 @@ ARRAYS = "".join(
     for name in ("numpy.md", "jax.md", "dlpack.md")
 )
 PYTHON = re.findall(r"```python\n(.*?)```", README + ARRAYS, re.DOTALL)
-COMMANDS = re.findall(r"^fedlora .*", README, re.MULTILINE)
+COMMANDS = re.findall(r"(?:^|`)(fedlora [^`\n]*)", README, re.MULTILINE)
 SIZES = {"model.layers.0.self_attn.q_proj": (40, 24), "model.layers.0.self_attn.v_proj": (16, 24)}
 
 

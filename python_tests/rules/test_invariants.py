@@ -211,6 +211,26 @@ def test_clients_are_not_changed_and_results_repeat_bit_for_bit(rule: str) -> No
 GLOBAL_RULES = [rule for rule in flk.rules.names() if rule not in ("fedsa", *BY_HOLDERS)]
 
 
+@pytest.mark.skipif(flk.backends.backend() != "cpu", reason="the C++ core's promise")
+@pytest.mark.parametrize("rule", flk.rules.names())
+def test_threads_change_no_bit(rule: str) -> None:
+    """On modules large enough for several threads of the C++ core."""
+    sizes = {f"layers.{layer}.q": (300, 260) for layer in range(6)}
+    adapters = draw(ranks=(12,) * 8, alphas=(12,) * 8, weights=(1,) * 8, sizes=sizes,
+                    common_a=True).adapters  # fmt: skip
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(flk.aggregate(adapters, rule=rule).adapter.factors)
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for module, factors in other.items():
+            assert torch.equal(factors.b, found[0][module].b)
+            assert torch.equal(factors.a, found[0][module].a)
+
+
 @pytest.mark.parametrize("rule", GLOBAL_RULES)
 def test_module_of_one_client_alone_gets_its_share(rule: str) -> None:
     """An absent module is a zero update: what remains is w_k s_k B_k A_k, of rank r_k."""
