@@ -7,6 +7,12 @@ from fedlora_kernels import rules as registry
 from fedlora_kernels.cli import screen
 from fedlora_kernels.cli.rule_options import flag
 
+_CAPTION = """\
+travels: what a client sends. ranks: of the clients, any or equal.
+after: continue, the next round starts from the global adapter (or each client's own);
+       merge, first the adapter or its residual is merged into the base model.
+`fedlora aggregate --help` says what the options mean."""
+
 
 @click.command
 @click.option("--markdown", is_flag=True, help="Print the table of the README.")
@@ -18,7 +24,8 @@ def rules(markdown: bool) -> None:
     console = screen.out()
     wide = console.width >= screen.NARROW
     names = ["rule", "title", "paper"] if wide else ["rule"]
-    table = screen.table(*names, "travels", "global update", "ranks", "after", "options")
+    headings = ("travels", "global update", "ranks", "after", "options")
+    table = screen.table(*names, *headings, caption=_CAPTION)
     for rule in map(registry.find, registry.names()):
         name = Text(rule.name, style="bold")
         paper = Text(rule.paper, style=f"link {rule.link()}")

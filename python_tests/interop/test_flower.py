@@ -509,7 +509,7 @@ def test_a_state_of_another_rule_or_damaged_is_refused(tmp_path):
     file = tmp_path / "state.pt"
     run(strategy("florist", state=file), answers(round_), round_.adapters[0])
     with pytest.raises(
-        flk.AdapterError, match="is of rule 'florist' in format 1, expected 'fedit'"
+        flk.AdapterError, match="is of rule 'florist' in format 2, expected 'fedit'"
     ):
         strategy("fedit", state=file)
     file.write_bytes(file.read_bytes()[:100])
