@@ -26,6 +26,7 @@ PARAMETERS = {
     "llama-tiny": 3.0,
     "mistral-7b-v0.3": 7248.0,
     "roberta-large": 355.4,
+    "smollm2-135m": 134.5,
     "tinyllama-1.1b": 1100.0,
 }
 """Millions, as the models' pages and papers say (without a head or a pooler that ours lack)."""
