@@ -393,7 +393,10 @@ def _finished(
     Raises:
         AdapterError: a scaling folded into B overflows its dtype.
     """
-    finished = {name: replace(item, kind=known[name]) for name, item in sorted(made.items())}
+    finished = {
+        name: item if item.kind == known[name] else replace(item, kind=known[name])
+        for name, item in sorted(made.items())
+    }
     groups: dict[str | None, list[str]] = {}
     for name, item in finished.items():
         group = None if uniform_rank else item.kind.group(name)
