@@ -68,7 +68,7 @@ class Exchange:
     """The state of a server between rounds.
 
     Args:
-        rule: a rule of ``flk.rules``, or the name of one.
+        rule: a rule of ``flk.rules``, or the name of one; the command line's when None.
         options: of a rule given by name.
         adapter_config: of clients that send none; a PEFT config or the mapping of its JSON.
         same_base: whether the clients have one base model whatever their configs call it.
@@ -83,7 +83,7 @@ class Exchange:
 
     def __init__(
         self,
-        rule: str | Rule,
+        rule: str | Rule | None,
         options: Mapping[str, Any] | None = None,
         *,
         adapter_config: object = None,
@@ -91,6 +91,8 @@ class Exchange:
         device: torch.device | str | None = None,
         state: str | Path | None = None,
     ) -> None:
+        if rule is None:
+            rule = rules.preferred()
         if not isinstance(rule, (str, Rule)):
             raise TypeError(f"rule must be a rule or the name of one, found {rule!r}")
         self.rule = rules.make(rule, **(options or {}))

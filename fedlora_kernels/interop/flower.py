@@ -41,7 +41,7 @@ from fedlora_kernels._aggregation import Aggregation
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.interop.exchange import Exchange, Reply
-from fedlora_kernels.rules import Rule, preferred
+from fedlora_kernels.rules import Rule
 
 RAW = "raw.le"
 """The encoding of a tensor that NumPy cannot hold: its own bytes, little-endian, contiguous."""
@@ -107,7 +107,7 @@ class LoraStrategy(FedAvg):
                 )
         super().__init__(**fedavg)
         self.exchange = Exchange(
-            preferred() if rule is None else rule,
+            rule,
             rule_options,
             adapter_config=adapter_config,
             same_base=same_base,

@@ -42,7 +42,7 @@ from fedlora_kernels.adapters import peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.interop.exchange import Exchange, Reply, label_of
-from fedlora_kernels.rules import Rule, preferred
+from fedlora_kernels.rules import Rule
 
 CONFIG, MERGES, TRAINS, MERGED = "adapter_config", "merges", "trains", "merged"
 """What the meta of a result and of a model may say."""
@@ -98,7 +98,7 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         super().__init__()
         config = None if adapter_config is None else dict(peft_format.plain(adapter_config))
         self.exchange = Exchange(
-            preferred() if rule is None else rule,
+            rule,
             rule_options,
             adapter_config=config,
             same_base=same_base,
