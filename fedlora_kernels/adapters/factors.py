@@ -64,6 +64,11 @@ class Factors:
         """r"""
         return self.a.shape[0]
 
+    @property
+    def told(self) -> str:
+        """What is not a plain pair of factors about it, as messages tell it."""
+        return self.kind.told if self.bias is None else "lora_bias"
+
     def same_a(self, other: "Factors") -> bool:
         """Whether both have the same A, to the bit."""
         return self.a is other.a or torch.equal(self.a, other.a.to(self.a.device))

@@ -154,10 +154,9 @@ def hotswap(model: Any, adapter: Adapter, adapter_name: str = "default") -> None
     layers = _layers(tuner, adapter_name)
     for module, own in adapter.factors.items():
         if own.kind != LAYER or own.bias is not None:
-            what = own.kind.told if own.bias is None else "lora_bias"
             raise AdapterError(
-                f"{who}, module {module}: found {what}, hotswap() takes linear layers alone; save "
-                "the adapter and load it with PeftModel.load_adapter"
+                f"{who}, module {module}: found {own.told}, hotswap() takes linear layers alone; "
+                "save the adapter and load it with PeftModel.load_adapter"
             )
         if module not in layers:
             raise AdapterError(f"{who}, module {module}: the model's adapter has no such module")
@@ -224,10 +223,9 @@ def _sources(model: Any, names: Sequence[str]) -> list[Adapter]:
     for adapter in adapters:
         for module, item in adapter.factors.items():
             if item.kind not in (LAYER, EMBEDDING) or item.bias is not None:
-                what = item.kind.told if item.bias is None else "lora_bias"
                 raise AdapterError(
-                    f"{adapter.name}, module {module}: found {what}, expected linear layers and "
-                    "embeddings; save the adapters, aggregate the folders and load the result"
+                    f"{adapter.name}, module {module}: found {item.told}, expected linear layers "
+                    "and embeddings; save the adapters, aggregate the folders and load the result"
                 )
     return adapters
 
