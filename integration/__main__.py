@@ -16,6 +16,7 @@ import fedlora_kernels as flk
 from integration.compare import compare as compare_rules
 from integration.flower import launch as flower
 from integration.lm_eval import evaluate as lm_eval
+from integration.model.loading import fastest
 from integration.model.pretrain import RECIPES, Pretraining, pretrain, recipe
 from integration.plan import plan, show
 from integration.report.html import write_report
@@ -109,7 +110,7 @@ def _run(start: Start, changes: dict[str, Any]) -> None:
             _plan(start, settings, Path(folder), explicit, console)
         return
     small = miniature(settings, start.out) if start.tiny else None
-    settings = settings if small is None else small.settings
+    settings = fastest(settings if small is None else small.settings)
     rules, left_out = choose(settings, explicit=explicit)
     check_folder(start.out, settings, resume=start.resume)
     if small is not None:

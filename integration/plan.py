@@ -144,7 +144,10 @@ def show(planned: Plan, console: Console) -> None:
         "examples",
     }
     if rates := settings.learning_rates:
-        rows["before"] = f"as many rounds of every rule at {len(rates)} learning rates, one seed"
+        with_seeds = "one seed" if settings.tuning_seeds == 1 else f"{settings.tuning_seeds} seeds"
+        rows["before"] = (
+            f"as many rounds of every rule at {len(rates)} learning rates, {with_seeds}"
+        )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in rows.items():
         table.add_row(name, text)
@@ -155,7 +158,7 @@ def show(planned: Plan, console: Console) -> None:
         traffic.add_column(column, justify="left" if column == "rule" else "right")
     for item in planned.traffic:
         most = "<= " if item.bound else ""
-        runs = settings.seeds + len(settings.learning_rates)
+        runs = settings.seeds + len(settings.learning_rates) * settings.tuning_seeds
         whole = (item.up + item.down) * settings.rounds * runs
         traffic.add_row(
             item.rule, f"{item.up / 1e6:.2f}", f"{most}{item.down / 1e6:.2f}", f"{whole / 1e9:.3f}"
@@ -266,7 +269,8 @@ def _memory(planned: Plan, config: Any, task: LoadedTask) -> dict[str, int]:
     """Bytes of the base, the adapters, one client's training and one aggregation."""
     settings = planned.settings
     gpu = settings.device != "cpu" and torch.cuda.is_available()
-    half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and gpu)
+    dtype = loading.fastest(settings).dtype
+    half = dtype == "bfloat16" or (dtype == "auto" and gpu)
     number = 2 if half else 4
     together = min(settings.batch_size, settings.micro_batch_size or settings.batch_size)
     tokens = together * settings.max_tokens

@@ -1,8 +1,9 @@
 """Each rule's learning rate, chosen before its runs.
 
-Every rule goes through all rounds once at each of the run's `learning_rates`, under its first seed.
-The rate of the lowest loss on the validation split is the rule's in all its runs. Those examples
-come from the training split and no client holds them; the test split is not looked at.
+Every rule goes through all rounds at each of the run's `learning_rates`, once under each of its
+first `tuning_seeds` seeds. The rate whose worst loss on the validation split is lowest is the
+rule's in all its runs: a rate that collapses under one seed is not chosen for its mean. Those
+examples come from the training split and no client holds them; the test split is not looked at.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import fedlora_kernels as flk
@@ -35,6 +37,7 @@ class Trial:
     accuracy: float | None
     loss: float | None
     """None where the rule diverged."""
+    seed: int = 0
 
 
 def tune(
@@ -54,13 +57,14 @@ def tune(
     if not settings.learning_rates:
         return {rule.name: settings.learning_rate for rule in rules}
     trials = _read(out)
-    tried = {(trial.rule, trial.learning_rate) for trial in trials}
-    for rate in settings.learning_rates:
-        at_rate, first = federation.trial(rate), FirstRound()
+    tried = {(trial.rule, trial.learning_rate, trial.seed) for trial in trials}
+    seeds = range(settings.seed, settings.seed + settings.tuning_seeds)
+    for rate, seed in product(settings.learning_rates, seeds):
+        at_rate, first = federation.with_seed(seed).trial(rate), FirstRound()
         for rule in rules:
-            if (rule.name, rate) in tried:
+            if (rule.name, rate, seed) in tried:
                 continue
-            path = place(out / "tuning" / f"{rate:g}", rule.name, settings.seed)
+            path = place(out / "tuning" / f"{rate:g}", rule.name, seed)
             server = Server(rule, at_rate.model, at_rate.clients, at_rate.settings)
             observer = live.trial(rule, at_rate)
             accuracy = loss = None
@@ -70,21 +74,26 @@ def tune(
                 accuracy, loss = last.accuracy, last.loss
             except flk.AdapterError as error:
                 observer.warn(f"{rule.name} at learning rate {rate:g}: {error}")
-            trials.append(Trial(rule.name, rate, accuracy, loss))
+            trials.append(Trial(rule.name, rate, accuracy, loss, seed))
             _write(out, trials)
             path.unlink(missing_ok=True)
     return {rule.name: best(trials, rule.name) for rule in rules}
 
 
 def best(trials: Sequence[Trial], rule: str) -> float:
-    """The rule's learning rate of the lowest loss. Raises SettingsError where none is finite."""
-    mine = [trial for trial in trials if trial.rule == rule]
-    finite = [(x.loss, x.learning_rate) for x in mine if x.loss is not None]
-    finite = [(loss, rate) for loss, rate in finite if math.isfinite(loss)]
-    if not finite:
-        rates = ", ".join(f"{trial.learning_rate:g}" for trial in mine)
+    """The rule's learning rate of the lowest worst loss over the seeds; a loss that is not finite
+    is the worst. Raises SettingsError where no rate has finite losses only.
+    """
+    worst: dict[float, float] = {}
+    for trial in trials:
+        if trial.rule == rule:
+            loss = math.inf if trial.loss is None or math.isnan(trial.loss) else trial.loss
+            worst[trial.learning_rate] = max(worst.get(trial.learning_rate, -math.inf), loss)
+    rate = min(worst, key=lambda rate: (worst[rate], rate))
+    if worst[rate] == math.inf:
+        rates = ", ".join(f"{rate:g}" for rate in worst)
         raise SettingsError(f"{rule} diverges at every learning rate of {rates}; add a lower one")
-    return min(finite)[1]
+    return rate
 
 
 def _read(out: Path) -> list[Trial]:

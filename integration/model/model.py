@@ -149,7 +149,11 @@ class Model:
 
     def _state(self, rank: int) -> dict[str, Tensor]:
         with loading.quiet():
-            state = get_peft_model_state_dict(self._peft, adapter_name=_slot(rank))
+            state = get_peft_model_state_dict(
+                self._peft,
+                adapter_name=_slot(rank),
+                save_embedding_layers=False,  # "auto" looks for a config.json, which GGUF has not
+            )
         return dict(state)
 
     def _module_ranks(self, rank: int) -> dict[str, int]:

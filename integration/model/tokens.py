@@ -72,6 +72,16 @@ class Tokens:
             yield order[start : start + size]
 
 
+def predicted(labels: Tensor) -> int:
+    """How many last columns the logits are needed in: from the one before the first counted label.
+
+    The columns before it hold prompts; the head, the widest layer of a small model, is spared them.
+    """
+    counted = (labels != IGNORED).any(0).nonzero()
+    first = int(counted[0]) if len(counted) else labels.shape[1]
+    return labels.shape[1] - max(first - 1, 0)
+
+
 class Completions(Tokens):
     """A split of a language task: prompts, and completions whose tokens are the labels."""
 

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from integration.model.model import Model
-from integration.model.tokens import IGNORED, Batch, Tokens
+from integration.model.tokens import IGNORED, Batch, Tokens, predicted
 from integration.settings import Settings
 
 Moments = dict[int, dict[str, Tensor]]
@@ -114,15 +114,20 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
         counted = inputs["labels"][:, 1:] if self._language else inputs["labels"]
         items = (counted != IGNORED).sum().clamp(min=1)
         losses = [
-            super(LocalTrainer, self).training_step(model, part, items)
+            super(LocalTrainer, self).training_step(model, self._predicting(part), items)
             for part in _parts(inputs, self._settings.micro_batch_size)
         ]
         return torch.stack(losses).sum()
+
+    def _predicting(self, part: Batch) -> dict[str, Any]:
+        """The model's arguments: of a language model, only the logits that the loss looks at."""
+        return {**part, "logits_to_keep": predicted(part["labels"])} if self._language else part
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
         """The share of the batch's mean cross-entropy that these rows have."""
         logits = outputs.logits.float()
         if self._language:
+            labels = labels[:, -logits.shape[1] :]
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         elif self._frequencies is not None:
             logits = logits + self._frequencies

@@ -48,7 +48,9 @@ class Live(AbstractContextManager["Live"]):
         )
         self.whole = self.bars.add_task(
             "all rules",
-            total=len(rules) * settings.rounds * (settings.seeds + len(settings.learning_rates)),
+            total=len(rules)
+            * settings.rounds
+            * (settings.seeds + len(settings.learning_rates) * settings.tuning_seeds),
         )
         self._stack = ExitStack()
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import fedlora_kernels as flk
 from integration.model.model import Model
-from integration.model.tokens import IGNORED, Completions, Tokens
+from integration.model.tokens import IGNORED, Completions, Tokens, predicted
 from integration.tasks import LoadedTask
 
 
@@ -77,9 +77,11 @@ def _next_tokens(model: Model, tokens: Completions, among: Sequence[int] | None)
     right, loss, seen = 0, 0.0, 0
     for positions in tokens.in_order_of_length(model.evaluation_batch, among):
         batch = model.here(tokens.batch(positions))
-        labels = batch.pop("labels")[:, 1:]
+        labels = batch.pop("labels")
+        last = predicted(labels)
+        labels = labels[:, -last:][:, 1:]
         counted = labels != IGNORED
-        logits = model.network(**batch).logits[:, :-1][counted].float()
+        logits = model.network(**batch, logits_to_keep=last).logits[:, :-1][counted].float()
         right += int((logits.argmax(1) == labels[counted]).sum())
         loss += float(cross_entropy(logits, labels[counted], reduction="sum"))
         seen += int(counted.sum())

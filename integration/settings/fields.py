@@ -58,6 +58,7 @@ class Settings:
         "Each rule's learning rate is chosen from these, by its loss on the validation split", ()
     )
     validation_size: int = setting("Training examples of the validation split", 0)
+    tuning_seeds: int = setting("Number of the run's first seeds that choose each rate", 1)
     schedule: str = setting(
         "Learning rate over the rounds", "linear", ("linear", "cosine", "constant")
     )
@@ -127,9 +128,10 @@ class Settings:
     config: str | None = setting("Shape of a random model: a name, or a config.json", None)
     device: str = setting("Where to train", "auto", ("auto", "cpu", "cuda"))
     dtype: str = setting(
-        "Dtype of the base weights; auto is bfloat16 on a GPU, else float32",
+        "Dtype of the base weights; auto is bfloat16 on a GPU, else float32; fastest is measured "
+        "on a CPU when the run begins",
         "auto",
-        ("auto", "float32", "bfloat16"),
+        ("auto", "fastest", "float32", "bfloat16"),
     )
     gradient_checkpointing: bool = setting("Compute activations twice to save memory", False)
 

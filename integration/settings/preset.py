@@ -77,6 +77,7 @@ def _check(settings: Settings) -> None:
     counts = ("clients", "rounds", "batch_size", "max_tokens", "test_size", "evaluate_every")
     given = (
         "seeds",
+        "tuning_seeds",
         "max_new_tokens",
         "steps",
         "epochs",

@@ -54,6 +54,18 @@ def test_the_lowest_loss_decides():
         best(trials, "flora")
 
 
+def test_of_several_seeds_the_worst_decides():
+    trials = [
+        Trial("fedit", 0.1, 0.9, 0.6, seed=0),
+        Trial("fedit", 0.1, 0.9, 0.7, seed=1),
+        Trial("fedit", 0.3, 0.9, 0.1, seed=0),
+        Trial("fedit", 0.3, 0.5, 0.8, seed=1),
+    ]
+    assert best(trials, "fedit") == 0.1
+    diverged = [*trials, Trial("fedit", 0.1, None, None, seed=2)]
+    assert best(diverged, "fedit") == 0.3
+
+
 def test_a_trial_looks_at_the_validation_split():
     federation = Federation.build(settings())
     trial = federation.trial(0.5)
@@ -82,6 +94,15 @@ def test_the_runs_are_those_of_the_chosen_rates(done, tmp_path):
         _, alone = run(tmp_path / rule, single)
         assert timeless(lines[rule]) == timeless(alone[rule])
         assert {line["seed"] for line in lines[rule]} == {0, 1}
+
+
+def test_every_rate_is_tried_under_the_first_seeds(tmp_path):
+    run(tmp_path, settings(tuning_seeds=2, rules=("fedit",)))
+    trials = [Trial(**entry) for entry in json.loads((tmp_path / "tuning.json").read_text())]
+    assert [(x.learning_rate, x.seed) for x in trials] == [(r, s) for r in RATES for s in (0, 1)]
+    assert len({x.loss for x in trials}) == len(trials)
+    chosen = json.loads((tmp_path / "settings.json").read_text())["learning_rates"]
+    assert chosen == {"fedit": best(trials, "fedit")}
 
 
 def test_a_trials_loss_is_that_of_its_rounds(done):
