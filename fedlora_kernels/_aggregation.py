@@ -17,7 +17,7 @@ from fedlora_kernels.adapters.adapter import WRITTEN, Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.finite import finite
-from fedlora_kernels.adapters.kinds import vera
+from fedlora_kernels.adapters.kinds import dora, vera
 from fedlora_kernels.adapters.kinds.embedding import EMBEDDING
 from fedlora_kernels.adapters.kinds.kind import Kind
 from fedlora_kernels.adapters.peft_format import label
@@ -248,7 +248,8 @@ class Work:
             if not self._round.keeps(grams):
                 grams.forget()
         complete = Report(sorted(rows.items()))
-        complete.note = self._rule.note
+        told = [dora.NOTE] if dora.used(self._round.clients) else []
+        complete.note = "; ".join(filter(None, [self._rule.note, *told]))
         return complete
 
     def result(self) -> Aggregation:
@@ -265,6 +266,8 @@ class Work:
             {name for name, kind in known.items() if kind == EMBEDDING},
         )
         made = self._with_biases()
+        if dora.used(clients) and not rule.personal:  # there they stay with B
+            made = dora.averaged(made, clients, self._round.weights)
         factors = _finished(made, known, self._uniform_rank, tied)
         average = self._heads == "average"
         beside = extras.average(clients, self._round.weights) if average else {}
@@ -330,6 +333,13 @@ def refuse_kinds(clients: Sequence[Adapter], rule: Rule) -> None:
             raise AdapterError(
                 f"{label(index, client.name)}: VeRA vectors, which rule {rule.name!r} cannot "
                 f"aggregate; use {', '.join(able)}"
+            )
+        if dora.used([client]) and rule.after == "merge":
+            able = [kind.name for kind in Rule.__subclasses__() if kind.after != "merge"]
+            raise AdapterError(
+                f"{label(index, client.name)}: found DoRA, and rule {rule.name!r} adds updates to "
+                "the base, which with DoRA rescales the whole weight instead; use "
+                f"{', '.join(able)}"
             )
 
 
@@ -427,12 +437,18 @@ def _config(
 ) -> peft_format.Config:
     configs = [client.config for client in clients]
     targets = [name for name, item in factors.items() if item.kind.targeted]
-    has_bias = any(item.bias is not None for item in factors.values())
-    stated = has_bias or any("lora_bias" in config for config in configs)
-    biased = {"lora_bias": has_bias} if stated else {}
+    beside = {
+        "lora_bias": any(item.bias is not None for item in factors.values()),
+        "use_dora": any(item.magnitude is not None for item in factors.values()),
+    }
+    stated = {
+        field: found
+        for field, found in beside.items()
+        if found or any(field in config for config in configs)
+    }
     named = [(key, item) for name, item in factors.items() for key in item.kind.named(name)]
     return peft_format.result_config(
-        {**peft_format.merged(configs), **biased},
+        {**peft_format.merged(configs), **stated},
         {key: item.rank for key, item in named},
         {key: item.scaling for key, item in named},
         rslora,

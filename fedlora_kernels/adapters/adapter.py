@@ -9,6 +9,7 @@ Module names are the model's own, without PEFT's prefix "base_model.model.".
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -283,7 +284,8 @@ class Adapter:
         (made / WEIGHTS_FILE).chmod((made / CONFIG_FILE).stat().st_mode)
 
     def delta(self, module: str) -> Tensor:
-        """The dense update ``scaling * B @ A`` of one module, [m,n] float64.
+        """The dense update ``scaling * B @ A`` of one module, [m,n] float64; of DoRA, what it adds
+        to the weight before its magnitudes rescale that.
 
         Embeddings and Conv1D layers hold the transpose of this matrix in their weight.
 
@@ -299,11 +301,11 @@ class Adapter:
         Where the template's rank is too small the product is truncated by its singular values
         (cutting columns of a stacked adapter would keep the first client only). Where it is larger
         B gets zero columns beside the template's own rows of A, so that the spare rank can learn.
-        Factors that already agree stay as they are.
+        Factors that already agree stay as they are, and so do DoRA's magnitudes.
 
         Raises:
-            AdapterError: the template lacks a module of this adapter, or has another shape; or one
-                of the two holds VeRA vectors.
+            AdapterError: the template lacks a module of this adapter, or has another shape; one of
+                the two has a lora_bias or DoRA, and the other has not; or one holds VeRA vectors.
         """
         if self.vera or template.vera:
             raise AdapterError("fit() writes LoRA factors, found VeRA vectors")
@@ -316,6 +318,13 @@ class Adapter:
         }
         extras = self.extras or template.extras
         return Adapter(factors, dict(template.config), extras=extras, name=self.name)
+
+    @property
+    def direction(self) -> "Adapter":
+        """The adapter without DoRA's magnitudes."""
+        factors = {name: replace(item, magnitude=None) for name, item in self.factors.items()}
+        config = {**self.config, "use_dora": False}
+        return Adapter(factors, config, extras=self.extras, name=self.name)
 
     @property
     def bytes(self) -> int:
@@ -397,11 +406,6 @@ def _refuse_tensor(who: str, key: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and tensor.dtype not in checks.FACTOR_DTYPES:
         raise AdapterError(
             f"{who}, tensor {key}: {tensor.dtype}, expected bfloat16, float16, float32 or float64"
-        )
-    if key.endswith(".lora_magnitude_vector") or ".lora_magnitude_vector." in key:
-        raise AdapterError(
-            f"{who}: {key}: DoRA magnitudes rescale the whole weight, which no pair of factors "
-            "represents"
         )
 
 

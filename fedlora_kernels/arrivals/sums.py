@@ -30,6 +30,7 @@ from fedlora_kernels.rules import Rule
 
 TABLE = "table.json"
 B, A, BIAS, LAMBDA, EXTRA = "B ", "A ", "bias ", "lambda_d ", "beside "
+MAGNITUDE = "magnitude "
 """what the names of tensors start with; a module's or an extra's own name follows"""
 
 
@@ -51,6 +52,8 @@ class Row:
     kind: Kind = LINEAR
     bias: bool = False
     """whether some client has a lora_bias"""
+    magnitude: bool = False
+    """whether the clients have DoRA"""
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class Sums:
         for module, row in self.modules.items():
             pair = client.factors.get(module)
             if pair is None:
-                sides = (B + module, A + module, BIAS + module)
+                sides = (B + module, A + module, BIAS + module, MAGNITUDE + module)
                 yield from ((name, old[name]) for name in sides if name in old)
                 continue
             where = f"{who}, module {module}"
@@ -172,6 +175,9 @@ class Sums:
                 own = pair.b.new_zeros(row.rows) if pair.bias is None else pair.bias
                 term = share * pair.scaling
                 yield BIAS + module, _sum(old.get(BIAS + module), own, term, own.shape, where)
+            if pair.magnitude is not None:
+                name, own = MAGNITUDE + module, pair.magnitude
+                yield name, _sum(old.get(name), own, share, own.shape, where)
             if rule.sends == "b":  # one A in all clients, which is no sum
                 yield A + module, old.get(A + module, _own(pair.a))
             else:
@@ -203,7 +209,8 @@ class Sums:
         for module, row in self.modules.items():
             b = zero.expand(row.rows, row.rank)
             a = old[A + module] if rule.sends == "b" else zero.expand(row.rank, row.columns)
-            factors[module] = Factors(b, a, row.scaling, row.kind)
+            magnitude = zero.expand(row.rows) if row.magnitude else None
+            factors[module] = Factors(b, a, row.scaling, row.kind, magnitude=magnitude)
         vera = {
             module: (zero.expand(row.rows), zero.expand(row.rank))
             for module, row in self.vera.items()
@@ -242,7 +249,10 @@ class Sums:
             bias = None
             if row.bias:
                 bias = _rounded(old[BIAS + module] / all_of_them / scaling, kind, module)
-            factors[module] = Factors(*pair, scaling, row.kind, bias)
+            magnitude = None
+            if row.magnitude and row.weight > 0:
+                magnitude = _rounded(old[MAGNITUDE + module] / present, kind, module)
+            factors[module] = Factors(*pair, scaling, row.kind, bias, magnitude)
         for module, row in self.vera.items():
             mean_d = _rounded(old[LAMBDA + module] / self.weight, _dtype(row.dtype), module)
             vera[module] = (torch.zeros(row.rows, dtype=mean_d.dtype), mean_d)
@@ -284,6 +294,7 @@ def _rows(
             weight=share + (before.weight if before else 0.0),
             kind=pair.kind,
             bias=pair.bias is not None or (before is not None and before.bias),
+            magnitude=pair.magnitude is not None,
         )
     return dict(sorted(rows.items()))
 

@@ -153,7 +153,7 @@ def hotswap(model: Any, adapter: Adapter, adapter_name: str = "default") -> None
         raise AdapterError(f"{who}: hotswap() takes LoRA factors, found VeRA vectors")
     layers = _layers(tuner, adapter_name)
     for module, own in adapter.factors.items():
-        if own.kind != LAYER or own.bias is not None:
+        if own.kind != LAYER or own.beside:
             raise AdapterError(
                 f"{who}, module {module}: found {own.told}, hotswap() takes linear layers alone; "
                 "save the adapter and load it with PeftModel.load_adapter"
@@ -222,7 +222,7 @@ def _sources(model: Any, names: Sequence[str]) -> list[Adapter]:
     adapters = [Adapter.from_state_dict(x.whole(), x.config, name=name) for name, x in found]
     for adapter in adapters:
         for module, item in adapter.factors.items():
-            if item.kind not in (LAYER, EMBEDDING) or item.bias is not None:
+            if item.kind not in (LAYER, EMBEDDING) or item.beside:
                 raise AdapterError(
                     f"{adapter.name}, module {module}: found {item.told}, expected linear layers "
                     "and embeddings; save the adapters, aggregate the folders and load the result"
@@ -247,6 +247,11 @@ def _refuse_source(model: Any, name: str) -> None:
                 f"{name}: {field} is {value!r}: weights of any sum and sign do not average tensors "
                 "beside the factors; aggregate the adapters, or leave the field out"
             )
+    if config.use_dora:
+        raise AdapterError(
+            f"{name}: found DoRA: weights of any sum and sign do not average magnitudes; save the "
+            "adapters and aggregate the folders with magnitudes='average'"
+        )
 
 
 def _ranks(tuner: Any, adapters: Sequence[str]) -> list[int]:
