@@ -258,7 +258,7 @@ class Work:
         known = {
             name: item.kind
             for client in clients
-            for name, item in ({} if client.vera else client.factors).items()
+            for name, item in client.trained.items()
         }
         tied = peft_format.tied(
             clients[0].config,
@@ -348,8 +348,8 @@ def _unreported(clients: Sequence[Adapter]) -> Report:
     unknown = math.nan
     return Report(
         {
-            module: ModuleReport(lambda_d.numel(), unknown, unknown, unknown, unknown)
-            for module, (_, lambda_d) in clients[0].vera.items()
+            module: ModuleReport(rank, unknown, unknown, unknown, unknown)
+            for module, rank in ({} if clients[0].trained else clients[0].ranks).items()
         }
     )
 

@@ -236,16 +236,12 @@ def _facts(adapter: Adapter, weight: float, norm: float) -> ClientFacts:
     kind = "rsLoRA" if adapter.config.get("use_rslora") else "LoRA"
     if dora.used([adapter]):
         kind = "DoRA"
-    if adapter.vera:
-        ranks = {lambda_d.shape[0] for _, lambda_d in adapter.vera.values()}
-    else:
-        ranks = {factors.rank for factors in adapter.factors.values()}
     return ClientFacts(
         name=adapter.name or "unnamed",
         kind="VeRA" if adapter.vera else kind,
         base_model=adapter.config.get("base_model_name_or_path"),
         modules=len(adapter.vera or adapter.factors),
-        ranks=tuple(sorted(ranks)),
+        ranks=tuple(sorted(set(adapter.ranks.values()))),
         scalings=tuple(sorted({factors.scaling for factors in adapter.factors.values()})),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in own})),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),

@@ -211,9 +211,9 @@ class Stream:
             AdapterError: names the client and the module.
         """
         _refuse_non_finite(client, who)
-        pair = [folders.named(client, _NEW)]
+        pair = [client.named(_NEW)]
         if before is not None:
-            pair.insert(0, folders.named(before, _BEFORE))
+            pair.insert(0, before.named(_BEFORE))
         try:
             agreement.check(pair)
             dora.check(pair, self._magnitudes, renormalizes=self._absent == "renormalize")
@@ -221,7 +221,7 @@ class Stream:
                 extras.check(pair)
             refuse_kinds(pair, self.rule)
             self.rule.validate(pair)
-            if not client.vera:
+            if client.trained:
                 for batch in stack(pair, torch.ones(len(pair), dtype=torch.float64)):
                     if not self.rule.heterogeneous:
                         self.rule.equal_rank(Grams(batch))
@@ -275,7 +275,7 @@ class Stream:
                 raise AdapterError(found) from None
             folders.refuse_other_scalings(written, loaded, who)
             loaded = written
-        loaded = folders.named(loaded, entry.name)
+        loaded = loaded.named(entry.name)
         with durable.made(self._blocks(index)) as place:
             row = blocks.row(loaded, clients, device=self._device, room=self._room)
             durable.write_tensors(place, row, self._room)
@@ -313,13 +313,10 @@ class Averaged(Aggregation):
     def report(self) -> Report:
         """Module -> its rank; every other number is NaN, since the clients were not kept."""
         unknown = float("nan")
-        ranks = {module: lambda_d.numel() for module, (_, lambda_d) in self.adapter.vera.items()}
-        if not ranks:
-            ranks = {module: pair.rank for module, pair in self.adapter.factors.items()}
         return Report(
             {
                 module: ModuleReport(rank, unknown, unknown, unknown, unknown)
-                for module, rank in sorted(ranks.items())
+                for module, rank in sorted(self.adapter.ranks.items())
             }
         )
 
@@ -341,7 +338,7 @@ def _together(clients: list[Adapter]) -> Adapter | None:
         return None
     factors = {}
     for other in reversed(clients):
-        factors.update({} if other.vera else other.factors)
+        factors.update(other.trained)
     first = clients[0]
     config = first.config
     for other in clients:
@@ -355,13 +352,12 @@ _NEW, _BEFORE = "\0new", "\0before"
 
 def _refuse_non_finite(client: Adapter, who: str) -> None:
     """Files were looked at when they were read; tensors in memory are looked at here."""
-    for module, pair in ({} if client.vera else client.factors).items():
+    for module, pair in client.trained.items():
         if pair.version == pair.finite_at:
             continue
         for name, tensor in pair.tensors.items():
             if not all_finite(tensor):
                 raise AdapterError(f"{who}, module {module}: {name} holds NaN or Inf")
-    beside = {**client.extras, **{name: pair[1] for name, pair in client.vera.items()}}
-    for name, tensor in beside.items():
+    for name, tensor in client.averaged().items():
         if not all_finite(tensor):
             raise AdapterError(f"{who}, tensor {name}: holds NaN or Inf")

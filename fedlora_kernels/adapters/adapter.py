@@ -320,6 +320,43 @@ class Adapter:
         return Adapter(factors, dict(template.config), extras=extras, name=self.name)
 
     @property
+    def trained(self) -> dict[str, Factors]:
+        """Module -> the factors that are trained; none of VeRA, which trains vectors."""
+        return {} if self.vera else self.factors
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module -> r, of VeRA the length of lambda_d."""
+        vectors = {module: lambda_d.numel() for module, (_, lambda_d) in self.vera.items()}
+        return vectors or {module: item.rank for module, item in self.factors.items()}
+
+    def averaged(self, heads: str = "average") -> dict[str, Tensor]:
+        """The tensors of which a result holds the mean as it is, under PEFT's keys: those beside
+        the factors, and VeRA's vectors, where zeros stand for the lambda_b that stays.
+
+        Args:
+            heads: "local" leaves out what is beside the factors, see :meth:`Round.aggregate`.
+        """
+        kept = {
+            key: tensor
+            for key, tensor in self.extras.items()
+            if heads == "average" or key in vera.PROJECTIONS
+        }
+        return {**kept, **vera.written(vera.shared(self.vera), "both")}
+
+    @classmethod
+    def of_averaged(
+        cls, factors: Mapping[str, Factors], config: Config, averaged: Mapping[str, Tensor]
+    ) -> "Adapter":
+        """The adapter that has these factors and these tensors of :meth:`averaged`."""
+        vectors, extras = vera.parted(averaged)
+        return cls(factors, config, extras=extras, vera=vectors)
+
+    def named(self, name: str | None) -> "Adapter":
+        """The same adapter under another name, and without a source."""
+        return Adapter(self.trained, self.config, extras=self.extras, vera=self.vera, name=name)
+
+    @property
     def direction(self) -> "Adapter":
         """The adapter without DoRA's magnitudes."""
         factors = {name: replace(item, magnitude=None) for name, item in self.factors.items()}

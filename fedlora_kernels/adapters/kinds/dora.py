@@ -56,7 +56,7 @@ def check(adapters: Sequence[Adapter], magnitudes: str | None, *, renormalizes: 
         raise ValueError(f"magnitudes must be average or None, found {magnitudes!r}")
     known: dict[str, int] = {}
     for index, adapter in enumerate(adapters):
-        for module, item in ({} if adapter.vera else adapter.factors).items():
+        for module, item in adapter.trained.items():
             if item.magnitude is None:
                 continue
             if magnitudes is None:
@@ -68,7 +68,7 @@ def check(adapters: Sequence[Adapter], magnitudes: str | None, *, renormalizes: 
                 )
             known.setdefault(module, index)
     for index, adapter in enumerate(() if renormalizes else adapters):
-        for module in sorted(known.keys() - ({} if adapter.vera else adapter.factors).keys()):
+        for module in sorted(known.keys() - adapter.trained.keys()):
             owner = known[module]
             raise AdapterError(
                 f"{label(index, adapter.name)}, module {module}: found no DoRA magnitudes, which "
