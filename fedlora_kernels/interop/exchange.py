@@ -30,6 +30,7 @@ from fedlora_kernels._saved import restored, restored_memory, saved, saved_memor
 from fedlora_kernels.adapters import keys, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.kinds import experts
 from fedlora_kernels.adapters.peft_format import Config, label
 from fedlora_kernels.rules import Rule
 
@@ -107,7 +108,7 @@ class Exchange:
         self.arrays: dict[str, Tensor] = {}
         """what a client starts from of which nothing is known"""
         self._config = None if adapter_config is None else _lora(peft_format.plain(adapter_config))
-        self._round_settings = {
+        self._round_settings: dict[str, Any] = {
             "same_base": same_base,
             "device": device,
             "magnitudes": magnitudes,
@@ -483,6 +484,12 @@ def _assumed(tensors: Mapping[str, Tensor]) -> Config:
     ranks = {f.module: len(tensors[k]) for k, f in factors.items() if f and f.side == "A"}
     if not ranks:
         return {"peft_type": "LORA"}
+    for module in filter(experts.told_by, ranks):
+        raise AdapterError(
+            f"module {module}: found the factors of experts, {ranks[module]} rows of A, which do "
+            "not tell how many experts of which rank; send adapter_config with the reply, or give "
+            "the server adapter_config="
+        )
     scalings = dict.fromkeys(ranks, 1.0)
     with_magnitudes = any(factor and factor.kind == "magnitude" for factor in factors.values())
     start = {"peft_type": "LORA", "use_dora": with_magnitudes}
