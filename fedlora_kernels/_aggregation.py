@@ -76,6 +76,30 @@ class Aggregation:
         """What the clients merge into the base beside the adapter (FedEx)."""
         return self.delivery.residual
 
+    @cached_property
+    def unmerged(self) -> Adapter:
+        """The whole update as one adapter, for a base that nothing should be merged into: the
+        global adapter's factors and the residual's side by side.
+
+        Raises:
+            AdapterError: the adapter's dtype cannot hold them under one scaling; names the module.
+        """
+        if self.residual is None:
+            return self.adapter
+        rest = self.residual.factors
+        factors = {
+            name: item.plus(rest[name]) if name in rest else item
+            for name, item in self.adapter.factors.items()
+        }
+        for name, item in factors.items():
+            if not finite([item.b, item.a]):
+                raise AdapterError(
+                    f"module {name}: adapter and residual together overflow {item.b.dtype}; give "
+                    "a wider dtype= (--dtype)"
+                )
+        config = _ranked(self.adapter.config, factors, rslora=False)
+        return Adapter(factors, config, extras=self.adapter.extras)
+
     @property
     def heads(self) -> str:
         """Whether the tensors beside the factors were averaged, or stay with their clients."""
@@ -248,18 +272,14 @@ class Work:
             if not self._round.keeps(grams):
                 grams.forget()
         complete = Report(sorted(rows.items()))
-        told = [dora.NOTE] if dora.used(self._round.clients) else []
-        complete.note = "; ".join(filter(None, [self._rule.note, *told]))
+        notes = (self._rule.note, *_notes(self._round.clients, self._rule))
+        complete.note = "; ".join(filter(None, notes))
         return complete
 
     def result(self) -> Aggregation:
         """The global adapter of all batches that were taken."""
         rule, clients = self._rule, self._round.clients
-        known = {
-            name: item.kind
-            for client in clients
-            for name, item in client.trained.items()
-        }
+        known = {name: item.kind for client in clients for name, item in client.trained.items()}
         tied = peft_format.tied(
             clients[0].config,
             self._factors,
@@ -341,6 +361,20 @@ def refuse_kinds(clients: Sequence[Adapter], rule: Rule) -> None:
                 "the base, which with DoRA rescales the whole weight instead; use "
                 f"{', '.join(able)}"
             )
+
+
+def _notes(clients: Sequence[Adapter], rule: Rule) -> Iterator[str]:
+    """What a report says of the clients' adapters."""
+    if dora.used(clients):
+        yield dora.NOTE
+    if rule.after == "merge":
+        for index, client in enumerate(clients):
+            if client.quantized is not None:
+                yield (
+                    f"{label(index, client.name)}, {client.quantized}: merging into a quantized "
+                    "base rounds the update; merge into a copy in 16 or 32 bits, or keep the "
+                    "update as an adapter beside the base (result.unmerged)"
+                )
 
 
 def _unreported(clients: Sequence[Adapter]) -> Report:
@@ -446,14 +480,30 @@ def _config(
         for field, found in beside.items()
         if found or any(field in config for config in configs)
     }
-    named = [(key, item) for name, item in factors.items() for key in item.kind.named(name)]
-    return peft_format.result_config(
+    return _ranked(
         {**peft_format.merged(configs), **stated},
-        {key: item.rank for key, item in named},
-        {key: item.scaling for key, item in named},
-        rslora,
+        factors,
+        rslora=rslora,
         targets=None
         if all(client.factors.keys() == factors.keys() for client in clients)
         and peft_format.same_targets(configs, targets)
         else targets,
+    )
+
+
+def _ranked(
+    start: peft_format.Config,
+    factors: Mapping[str, Factors],
+    *,
+    rslora: bool,
+    targets: Sequence[str] | None = None,
+) -> peft_format.Config:
+    """A config with the factors' ranks and scalings, see :func:`peft_format.result_config`."""
+    named = [(key, item) for name, item in factors.items() for key in item.kind.named(name)]
+    return peft_format.result_config(
+        start,
+        {key: item.rank for key, item in named},
+        {key: item.scaling for key, item in named},
+        rslora,
+        targets=targets,
     )

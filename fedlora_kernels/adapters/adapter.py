@@ -56,7 +56,11 @@ class Adapter:
         extras: the other tensors of the file (modules_to_save, biases), under PEFT's keys.
         config: adapter_config.json as a dict.
         name: how messages call it: the folder as typed, or None.
+        quantized: of a live model's adapter, the first layer whose base weights are in few bits;
+            None where none are, or where the base is not known: PEFT's files do not tell.
     """
+
+    quantized: str | None = None
 
     def __init__(
         self,
@@ -135,7 +139,9 @@ class Adapter:
         """
         who = name or "adapter"
         with live.opened(model, adapter_name, who) as found:
-            return cls.from_state_dict(found.copied(), found.config, name=name)
+            adapter = cls.from_state_dict(found.copied(), found.config, name=name)
+            adapter.quantized = found.quantized
+            return adapter
 
     def to_model(self, model: Any, adapter_name: str | None = None) -> None:
         """Copy the adapter into a live model whose adapter has the same ranks and scalings.
@@ -354,7 +360,9 @@ class Adapter:
 
     def named(self, name: str | None) -> "Adapter":
         """The same adapter under another name, and without a source."""
-        return Adapter(self.trained, self.config, extras=self.extras, vera=self.vera, name=name)
+        same = Adapter(self.trained, self.config, extras=self.extras, vera=self.vera, name=name)
+        same.quantized = self.quantized
+        return same
 
     @property
     def direction(self) -> "Adapter":

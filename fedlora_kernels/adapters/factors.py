@@ -105,6 +105,12 @@ class Factors:
         bias = None if self.bias is None else (self.bias.double() * ratio).to(self.bias.dtype)
         return replace(self, b=b, bias=bias, scaling=scaling)
 
+    def plus(self, other: "Factors") -> "Factors":
+        """The sum of both updates, under the other's scaling: the factors side by side."""
+        mine = self.rescaled(other.scaling)
+        b = torch.cat([mine.b, other.b.to(mine.b)], dim=1)
+        return replace(mine, b=b, a=torch.cat([mine.a, other.a.to(mine.a)]), finite_at=-1)
+
     def padded(self, rank: int) -> "Factors":
         """Zeros beside the factors, up to a rank."""
         spare, pad = rank - self.rank, torch.nn.functional.pad

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from fedlora_kernels import ops, rules
 from fedlora_kernels._aggregate import aggregate
-from fedlora_kernels._aggregation import Aggregation
 from fedlora_kernels.adapters import keys, live, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
@@ -112,7 +111,7 @@ def add_weighted_adapter(
         result = aggregate(
             _signed(found, factors), rule=rule, weights=[abs(x) for x in factors], heads="local"
         )
-        made = _whole(result)
+        made = result.unmerged.factors
         if rule.personal:
             warnings.warn(
                 f"{rule.name} shares A only: the B of {adapter_name!r} is zero", stacklevel=2
@@ -399,17 +398,6 @@ def _signed(found: Sequence[Adapter], weights: Sequence[float]) -> list[Adapter]
         )
         for adapter, weight in zip(found, weights, strict=True)
     ]
-
-
-def _whole(result: Aggregation) -> dict[str, Factors]:
-    """The factors of adapter and residual together."""
-    made = dict(result.adapter.factors)
-    for module, rest in () if result.residual is None else result.residual.factors.items():
-        mine = made[module]
-        extra = (rest.b.double() * (rest.scaling / mine.scaling)).to(mine.b)
-        b, a = torch.cat([mine.b, extra], dim=1), torch.cat([mine.a, rest.a])
-        made[module] = replace(mine, b=b, a=a)
-    return made
 
 
 def _padded(made: Mapping[str, Factors], rank: int) -> dict[str, Factors]:
