@@ -25,6 +25,7 @@ def aggregate(
     dtype: torch.dtype | None = None,
     heads: str | None = None,
     same_base: bool = False,
+    magnitudes: str | None = None,
     memory_limit: int | None = None,
     scratch: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -52,6 +53,8 @@ def aggregate(
         heads: what becomes of the tensors beside the factors (modules_to_save, biases): "average",
             or "local" (they stay with their clients); None is the rule's own way.
         same_base: whether the clients have one base model whatever their configs call it.
+        magnitudes: "average" admits DoRA, whose magnitudes become their mean, see :class:`Round`;
+            None refuses it.
         memory_limit: bytes of memory for the matrices and results of the modules that are worked on
             together, see :class:`Round`; no limit when None.
         scratch: folder of the unnamed files that then hold the result.
@@ -76,6 +79,7 @@ def aggregate(
         device=device,
         precision=precision,
         same_base=same_base,
+        magnitudes=magnitudes,
         memory_limit=memory_limit,
         scratch=scratch,
     )

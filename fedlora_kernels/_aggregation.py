@@ -17,7 +17,7 @@ from fedlora_kernels.adapters.adapter import WRITTEN, Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.finite import finite
-from fedlora_kernels.adapters.kinds import vera
+from fedlora_kernels.adapters.kinds import dora, vera
 from fedlora_kernels.adapters.kinds.embedding import EMBEDDING
 from fedlora_kernels.adapters.kinds.kind import Kind
 from fedlora_kernels.adapters.peft_format import label
@@ -75,6 +75,30 @@ class Aggregation:
     def residual(self) -> Adapter | None:
         """What the clients merge into the base beside the adapter (FedEx)."""
         return self.delivery.residual
+
+    @cached_property
+    def unmerged(self) -> Adapter:
+        """The whole update as one adapter, for a base that nothing should be merged into: the
+        global adapter's factors and the residual's side by side.
+
+        Raises:
+            AdapterError: the adapter's dtype cannot hold them under one scaling; names the module.
+        """
+        if self.residual is None:
+            return self.adapter
+        rest = self.residual.factors
+        factors = {
+            name: item.plus(rest[name]) if name in rest else item
+            for name, item in self.adapter.factors.items()
+        }
+        for name, item in factors.items():
+            if not finite([item.b, item.a]):
+                raise AdapterError(
+                    f"module {name}: adapter and residual together overflow {item.b.dtype}; give "
+                    "a wider dtype= (--dtype)"
+                )
+        config = _ranked(self.adapter.config, factors, rslora=False)
+        return Adapter(factors, config, extras=self.adapter.extras)
 
     @property
     def heads(self) -> str:
@@ -248,23 +272,22 @@ class Work:
             if not self._round.keeps(grams):
                 grams.forget()
         complete = Report(sorted(rows.items()))
-        complete.note = self._rule.note
+        notes = (self._rule.note, *_notes(self._round.clients, self._rule))
+        complete.note = "; ".join(filter(None, notes))
         return complete
 
     def result(self) -> Aggregation:
         """The global adapter of all batches that were taken."""
         rule, clients = self._rule, self._round.clients
-        known = {
-            name: item.kind
-            for client in clients
-            for name, item in ({} if client.vera else client.factors).items()
-        }
+        known = {name: item.kind for client in clients for name, item in client.trained.items()}
         tied = peft_format.tied(
             clients[0].config,
             self._factors,
             {name for name, kind in known.items() if kind == EMBEDDING},
         )
         made = self._with_biases()
+        if dora.used(clients) and not rule.personal:  # there they stay with B
+            made = dora.averaged(made, clients, self._round.weights)
         factors = _finished(made, known, self._uniform_rank, tied)
         average = self._heads == "average"
         beside = extras.average(clients, self._round.weights) if average else {}
@@ -331,6 +354,27 @@ def refuse_kinds(clients: Sequence[Adapter], rule: Rule) -> None:
                 f"{label(index, client.name)}: VeRA vectors, which rule {rule.name!r} cannot "
                 f"aggregate; use {', '.join(able)}"
             )
+        if dora.used([client]) and rule.after == "merge":
+            able = [kind.name for kind in Rule.__subclasses__() if kind.after != "merge"]
+            raise AdapterError(
+                f"{label(index, client.name)}: found DoRA, and rule {rule.name!r} adds updates to "
+                "the base, which with DoRA rescales the whole weight instead; use "
+                f"{', '.join(able)}"
+            )
+
+
+def _notes(clients: Sequence[Adapter], rule: Rule) -> Iterator[str]:
+    """What a report says of the clients' adapters."""
+    if dora.used(clients):
+        yield dora.NOTE
+    if rule.after == "merge":
+        for index, client in enumerate(clients):
+            if client.quantized is not None:
+                yield (
+                    f"{label(index, client.name)}, {client.quantized}: merging into a quantized "
+                    "base rounds the update; merge into a copy in 16 or 32 bits, or keep the "
+                    "update as an adapter beside the base (result.unmerged)"
+                )
 
 
 def _unreported(clients: Sequence[Adapter]) -> Report:
@@ -338,8 +382,8 @@ def _unreported(clients: Sequence[Adapter]) -> Report:
     unknown = math.nan
     return Report(
         {
-            module: ModuleReport(lambda_d.numel(), unknown, unknown, unknown, unknown)
-            for module, (_, lambda_d) in clients[0].vera.items()
+            module: ModuleReport(rank, unknown, unknown, unknown, unknown)
+            for module, rank in ({} if clients[0].trained else clients[0].ranks).items()
         }
     )
 
@@ -427,17 +471,39 @@ def _config(
 ) -> peft_format.Config:
     configs = [client.config for client in clients]
     targets = [name for name, item in factors.items() if item.kind.targeted]
-    has_bias = any(item.bias is not None for item in factors.values())
-    stated = has_bias or any("lora_bias" in config for config in configs)
-    biased = {"lora_bias": has_bias} if stated else {}
-    named = [(key, item) for name, item in factors.items() for key in item.kind.named(name)]
-    return peft_format.result_config(
-        {**peft_format.merged(configs), **biased},
-        {key: item.rank for key, item in named},
-        {key: item.scaling for key, item in named},
-        rslora,
+    beside = {
+        "lora_bias": any(item.bias is not None for item in factors.values()),
+        "use_dora": any(item.magnitude is not None for item in factors.values()),
+    }
+    stated = {
+        field: found
+        for field, found in beside.items()
+        if found or any(field in config for config in configs)
+    }
+    return _ranked(
+        {**peft_format.merged(configs), **stated},
+        factors,
+        rslora=rslora,
         targets=None
         if all(client.factors.keys() == factors.keys() for client in clients)
         and peft_format.same_targets(configs, targets)
         else targets,
+    )
+
+
+def _ranked(
+    start: peft_format.Config,
+    factors: Mapping[str, Factors],
+    *,
+    rslora: bool,
+    targets: Sequence[str] | None = None,
+) -> peft_format.Config:
+    """A config with the factors' ranks and scalings, see :func:`peft_format.result_config`."""
+    named = [(key, item) for name, item in factors.items() for key in item.kind.named(name)]
+    return peft_format.result_config(
+        start,
+        {key: item.rank for key, item in named},
+        {key: item.scaling for key, item in named},
+        rslora,
+        targets=targets,
     )

@@ -66,7 +66,8 @@ class Delivery:
         """What a client receives, ready to run.
 
         Where the rule says "leading", the leading r_k components in the client's own scaling; where
-        it says "own", the shared A with the client's own B and head; else the global adapter.
+        it says "own", the shared A with the client's own B, what goes with B (lora_bias and DoRA's
+        magnitudes) and head; else the global adapter.
 
         Args:
             client: the adapter that the client sent, or last ran.
@@ -129,4 +130,7 @@ def _leading(shared: Factors, own: Factors) -> Factors:
         a[:rank] = shared.a[:rank]
         if bias is not None and shared.bias is not None:
             bias = (shared.bias * (shared.scaling / own.scaling)).to(bias)
-    return replace(own, b=b, a=a, bias=bias)
+    magnitude = own.magnitude
+    if magnitude is not None and shared.magnitude is not None:
+        magnitude = shared.magnitude.to(magnitude)
+    return replace(own, b=b, a=a, bias=bias, magnitude=magnitude)

@@ -18,6 +18,7 @@ import torch
 from fedlora_kernels import ops
 from fedlora_kernels.adapters import agreement, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
+from fedlora_kernels.adapters.kinds import dora
 from fedlora_kernels.gram_space.batches import stack
 from fedlora_kernels.gram_space.grams import Grams
 from fedlora_kernels.ops._spectrum import negligible
@@ -32,7 +33,7 @@ class ClientFacts:
     name: str
     """the folder as typed"""
     kind: str
-    """LoRA, rsLoRA or VeRA"""
+    """LoRA, rsLoRA, DoRA or VeRA"""
     base_model: str | None
     modules: int
     ranks: tuple[int, ...]
@@ -233,16 +234,14 @@ def _facts(adapter: Adapter, weight: float, norm: float) -> ClientFacts:
     vectors = [vector for pair in adapter.vera.values() for vector in pair]
     own = vectors or [t for f in adapter.factors.values() for t in (f.b, f.a)]
     kind = "rsLoRA" if adapter.config.get("use_rslora") else "LoRA"
-    if adapter.vera:
-        ranks = {lambda_d.shape[0] for _, lambda_d in adapter.vera.values()}
-    else:
-        ranks = {factors.rank for factors in adapter.factors.values()}
+    if dora.used([adapter]):
+        kind = "DoRA"
     return ClientFacts(
         name=adapter.name or "unnamed",
         kind="VeRA" if adapter.vera else kind,
         base_model=adapter.config.get("base_model_name_or_path"),
         modules=len(adapter.vera or adapter.factors),
-        ranks=tuple(sorted(ranks)),
+        ranks=tuple(sorted(set(adapter.ranks.values()))),
         scalings=tuple(sorted({factors.scaling for factors in adapter.factors.values()})),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in own})),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
@@ -270,5 +269,7 @@ def _remarks(adapter: Adapter, first: Adapter, absent: Sequence[str]) -> Iterabl
         yield "VeRA without its saved projections: vectors only, no spectrum"
     elif adapter.vera:
         yield "VeRA: every module is taken to be as wide as the saved projection"
+    if dora.used([adapter]):
+        yield "DoRA: spectra, norms and cosines are those of s B A, before the weight is rescaled"
     if absent:
         yield f"{len(absent)} modules are absent: {peft_format.listed(absent)}"

@@ -24,6 +24,7 @@ from fedlora_kernels._inspect import ENERGIES, Inspection, inspection
 from fedlora_kernels.adapters import agreement
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.factors import Factors
+from fedlora_kernels.adapters.kinds import dora
 from fedlora_kernels.adapters.scratch import mapped
 from fedlora_kernels.gram_space.batches import Batch, stack
 from fedlora_kernels.gram_space.grams import Grams
@@ -51,6 +52,8 @@ class Round:
         precision: "exact" (float64 accumulation) or "fast" (float32 with promotion).
         same_base: whether the clients have one base model whatever their configs call it, local
             paths for example.
+        magnitudes: "average" admits DoRA: the rule aggregates the directions, of which the report
+            tells the errors, and the magnitudes become their mean; None refuses it.
         memory_limit: bytes of memory for the matrices and results of the modules that are worked on
             together, which are as few as it takes; files are mapped and do not count. Results are
             written to unnamed files as they are made, and mapped. One module is worked on however
@@ -59,7 +62,7 @@ class Round:
 
     Raises:
         AdapterError: what the clients sent does not belong together; names client and module.
-        ValueError: absent or precision is unknown, or memory_limit is under 1.
+        ValueError: absent, precision or magnitudes is unknown, or memory_limit is under 1.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Round:
         device: torch.device | str | None = None,
         precision: str = "exact",
         same_base: bool = False,
+        magnitudes: str | None = None,
         memory_limit: int | None = None,
         scratch: str | Path | None = None,
     ) -> None:
@@ -81,6 +85,7 @@ class Round:
         self.weights = agreement.normalized(weights, self.clients)
         """w_k [K] float64"""
         agreement.check(self.clients, same_base=same_base)
+        dora.check(self.clients, magnitudes, renormalizes=absent == "renormalize")
         checks.precision(precision)
         self._absent, self._device, self._precision = absent, device, precision
         self.renormalizes = absent == "renormalize"

@@ -22,6 +22,7 @@ from fedlora_kernels.adapters import agreement, extras, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.finite import all_finite
+from fedlora_kernels.adapters.kinds import dora
 from fedlora_kernels.adapters.peft_format import label
 from fedlora_kernels.arrivals import blocks, durable, folders
 from fedlora_kernels.arrivals.journal import Entry, Journal
@@ -60,11 +61,12 @@ class Stream:
         heads: what becomes of the tensors beside the factors, "average" or "local"; None is the
             rule's own way, see :meth:`Round.aggregate`. Only heads that are averaged must agree.
         device: where the work is done; where the adapters are when None.
+        magnitudes: "average" admits DoRA, see :class:`Round`; None refuses it.
         **options: of a rule given by name, see ``flk.rules.find(name).options()``.
 
     Raises:
         ValueError: the rule is unknown, an option is out of range, or the state is of a stream of
-            another rule, options, ``absent`` or ``heads``.
+            another rule, options, ``absent``, ``heads`` or ``magnitudes``.
         TypeError: the rule has no such option.
         FileExistsError: the state is a file, or a folder of other things.
     """
@@ -79,6 +81,7 @@ class Stream:
         absent: str = "zero",
         heads: str | None = None,
         device: torch.device | str | None = None,
+        magnitudes: str | None = None,
         **options: Any,
     ) -> None:
         self.rule = rules.make(rule, **options)
@@ -92,11 +95,10 @@ class Stream:
             raise ValueError(f"heads must be one of {', '.join(HEADS)}, found {heads!r}")
         self._state = Path(state).resolve()
         self._memory_limit, self._copy = memory_limit, copy
-        self._absent, self._device = absent, device
+        self._absent, self._device, self._magnitudes = absent, device, magnitudes
         self._room = max(1, memory_limit // SHARES)
-        self._journal = Journal(
-            self._state, {"rule": repr(self.rule), "absent": absent, "heads": self._heads}
-        )
+        settings = {"rule": repr(self.rule), "absent": absent, "heads": self._heads}
+        self._journal = Journal(self._state, {**settings, "magnitudes": magnitudes})
         self._clients: list[Adapter] = []
         """of a rule that needs them again, mapped; as many as were asked for"""
         with self._journal.held():
@@ -176,7 +178,12 @@ class Stream:
             entries = list(self._journal.entries)
             if self.rule.averages:
                 mean = self._sums().mean(self.rule, self._absent, dtype)
-                round_ = Round([mean], absent=self._absent, device=self._device)
+                round_ = Round(
+                    [mean],
+                    absent=self._absent,
+                    device=self._device,
+                    magnitudes=self._magnitudes,
+                )
                 return Averaged(round_.aggregate(self.rule, **settings))
             clients = self._kept()
         if not entries:
@@ -193,7 +200,34 @@ class Stream:
             scratch=self._state,
             absent=self._absent,
             device=self._device,
+            magnitudes=self._magnitudes,
         ).aggregate(self.rule, **settings)
+
+    def _refuse_stranger(self, before: Adapter | None, client: Adapter, who: str) -> None:
+        """Refuse a client that does not belong to those before it, or that the rule cannot
+        aggregate.
+
+        Raises:
+            AdapterError: names the client and the module.
+        """
+        _refuse_non_finite(client, who)
+        pair = [client.named(_NEW)]
+        if before is not None:
+            pair.insert(0, before.named(_BEFORE))
+        try:
+            agreement.check(pair)
+            dora.check(pair, self._magnitudes, renormalizes=self._absent == "renormalize")
+            if self._heads == "average":
+                extras.check(pair)
+            refuse_kinds(pair, self.rule)
+            self.rule.validate(pair)
+            if client.trained:
+                for batch in stack(pair, torch.ones(len(pair), dtype=torch.float64)):
+                    if not self.rule.heterogeneous:
+                        self.rule.equal_rank(Grams(batch))
+        except AdapterError as error:
+            said = str(error).replace(label(len(pair) - 1, _NEW), who)
+            raise AdapterError(said.replace(label(0, _BEFORE), "the clients before it")) from None
 
     # ---- a rule that only averages -------------------------------------------------------------
 
@@ -202,7 +236,7 @@ class Stream:
     ) -> None:
         loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
         sums = self._sums()
-        _refuse_stranger(self.rule, sums.before(self.rule), loaded, who, self._heads)
+        self._refuse_stranger(sums.before(self.rule), loaded, who)
         made = self._state / f"sums.{index + 1}"
         sums.plus(loaded, entry.weight, self.rule, made, self._room, who, heads=self._heads)
         self._journal.append(entry)
@@ -230,7 +264,7 @@ class Stream:
                     )
             entry = Entry(**{**vars(entry), "stamp": folders.stamp(Path(entry.folder))})
         loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-        _refuse_stranger(self.rule, _together(clients), loaded, who, self._heads)
+        self._refuse_stranger(_together(clients), loaded, who)
         if not in_place:
             with durable.made(self._copies(index)) as place:
                 loaded.write(place)
@@ -241,7 +275,7 @@ class Stream:
                 raise AdapterError(found) from None
             folders.refuse_other_scalings(written, loaded, who)
             loaded = written
-        loaded = folders.named(loaded, entry.name)
+        loaded = loaded.named(entry.name)
         with durable.made(self._blocks(index)) as place:
             row = blocks.row(loaded, clients, device=self._device, room=self._room)
             durable.write_tensors(place, row, self._room)
@@ -279,13 +313,10 @@ class Averaged(Aggregation):
     def report(self) -> Report:
         """Module -> its rank; every other number is NaN, since the clients were not kept."""
         unknown = float("nan")
-        ranks = {module: lambda_d.numel() for module, (_, lambda_d) in self.adapter.vera.items()}
-        if not ranks:
-            ranks = {module: pair.rank for module, pair in self.adapter.factors.items()}
         return Report(
             {
                 module: ModuleReport(rank, unknown, unknown, unknown, unknown)
-                for module, rank in sorted(ranks.items())
+                for module, rank in sorted(self.adapter.ranks.items())
             }
         )
 
@@ -307,7 +338,7 @@ def _together(clients: list[Adapter]) -> Adapter | None:
         return None
     factors = {}
     for other in reversed(clients):
-        factors.update({} if other.vera else other.factors)
+        factors.update(other.trained)
     first = clients[0]
     config = first.config
     for other in clients:
@@ -319,40 +350,14 @@ _NEW, _BEFORE = "\0new", "\0before"
 """how the checks of a pair call the two, until the message is put together"""
 
 
-def _refuse_stranger(
-    rule: Rule, before: Adapter | None, client: Adapter, who: str, heads: str
-) -> None:
-    """Refuse a client that does not belong to those before it, or that the rule cannot aggregate.
-
-    Raises:
-        AdapterError: names the client and the module.
-    """
-    _refuse_non_finite(client, who)
-    pair = [folders.named(client, _NEW)]
-    if before is not None:
-        pair.insert(0, folders.named(before, _BEFORE))
-    try:
-        agreement.check(pair)
-        if heads == "average":
-            extras.check(pair)
-        refuse_kinds(pair, rule)
-        rule.validate(pair)
-        if not client.vera:
-            for batch in stack(pair, torch.ones(len(pair), dtype=torch.float64)):
-                if not rule.heterogeneous:
-                    rule.equal_rank(Grams(batch))
-    except AdapterError as error:
-        said = str(error).replace(label(len(pair) - 1, _NEW), who)
-        raise AdapterError(said.replace(label(0, _BEFORE), "the clients before it")) from None
-
-
 def _refuse_non_finite(client: Adapter, who: str) -> None:
     """Files were looked at when they were read; tensors in memory are looked at here."""
-    for module, pair in ({} if client.vera else client.factors).items():
-        for side, factor in (("B", pair.b), ("A", pair.a)):
-            if pair.version != pair.finite_at and not all_finite(factor):
-                raise AdapterError(f"{who}, module {module}: {side} holds NaN or Inf")
-    beside = {**client.extras, **{name: pair[1] for name, pair in client.vera.items()}}
-    for name, tensor in beside.items():
+    for module, pair in client.trained.items():
+        if pair.version == pair.finite_at:
+            continue
+        for name, tensor in pair.tensors.items():
+            if not all_finite(tensor):
+                raise AdapterError(f"{who}, module {module}: {name} holds NaN or Inf")
+    for name, tensor in client.averaged().items():
         if not all_finite(tensor):
             raise AdapterError(f"{who}, tensor {name}: holds NaN or Inf")

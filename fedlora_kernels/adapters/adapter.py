@@ -9,6 +9,7 @@ Module names are the model's own, without PEFT's prefix "base_model.model.".
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,11 @@ class Adapter:
         extras: the other tensors of the file (modules_to_save, biases), under PEFT's keys.
         config: adapter_config.json as a dict.
         name: how messages call it: the folder as typed, or None.
+        quantized: of a live model's adapter, the first layer whose base weights are in few bits;
+            None where none are, or where the base is not known: PEFT's files do not tell.
     """
+
+    quantized: str | None = None
 
     def __init__(
         self,
@@ -134,7 +139,9 @@ class Adapter:
         """
         who = name or "adapter"
         with live.opened(model, adapter_name, who) as found:
-            return cls.from_state_dict(found.copied(), found.config, name=name)
+            adapter = cls.from_state_dict(found.copied(), found.config, name=name)
+            adapter.quantized = found.quantized
+            return adapter
 
     def to_model(self, model: Any, adapter_name: str | None = None) -> None:
         """Copy the adapter into a live model whose adapter has the same ranks and scalings.
@@ -283,7 +290,8 @@ class Adapter:
         (made / WEIGHTS_FILE).chmod((made / CONFIG_FILE).stat().st_mode)
 
     def delta(self, module: str) -> Tensor:
-        """The dense update ``scaling * B @ A`` of one module, [m,n] float64.
+        """The dense update ``scaling * B @ A`` of one module, [m,n] float64; of DoRA, what it adds
+        to the weight before its magnitudes rescale that.
 
         Embeddings and Conv1D layers hold the transpose of this matrix in their weight.
 
@@ -299,11 +307,11 @@ class Adapter:
         Where the template's rank is too small the product is truncated by its singular values
         (cutting columns of a stacked adapter would keep the first client only). Where it is larger
         B gets zero columns beside the template's own rows of A, so that the spare rank can learn.
-        Factors that already agree stay as they are.
+        Factors that already agree stay as they are, and so do DoRA's magnitudes.
 
         Raises:
-            AdapterError: the template lacks a module of this adapter, or has another shape; or one
-                of the two holds VeRA vectors.
+            AdapterError: the template lacks a module of this adapter, or has another shape; one of
+                the two has a lora_bias or DoRA, and the other has not; or one holds VeRA vectors.
         """
         if self.vera or template.vera:
             raise AdapterError("fit() writes LoRA factors, found VeRA vectors")
@@ -316,6 +324,52 @@ class Adapter:
         }
         extras = self.extras or template.extras
         return Adapter(factors, dict(template.config), extras=extras, name=self.name)
+
+    @property
+    def trained(self) -> dict[str, Factors]:
+        """Module -> the factors that are trained; none of VeRA, which trains vectors."""
+        return {} if self.vera else self.factors
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module -> r, of VeRA the length of lambda_d."""
+        vectors = {module: lambda_d.numel() for module, (_, lambda_d) in self.vera.items()}
+        return vectors or {module: item.rank for module, item in self.factors.items()}
+
+    def averaged(self, heads: str = "average") -> dict[str, Tensor]:
+        """The tensors of which a result holds the mean as it is, under PEFT's keys: those beside
+        the factors, and VeRA's vectors, where zeros stand for the lambda_b that stays.
+
+        Args:
+            heads: "local" leaves out what is beside the factors, see :meth:`Round.aggregate`.
+        """
+        kept = {
+            key: tensor
+            for key, tensor in self.extras.items()
+            if heads == "average" or key in vera.PROJECTIONS
+        }
+        return {**kept, **vera.written(vera.shared(self.vera), "both")}
+
+    @classmethod
+    def of_averaged(
+        cls, factors: Mapping[str, Factors], config: Config, averaged: Mapping[str, Tensor]
+    ) -> "Adapter":
+        """The adapter that has these factors and these tensors of :meth:`averaged`."""
+        vectors, extras = vera.parted(averaged)
+        return cls(factors, config, extras=extras, vera=vectors)
+
+    def named(self, name: str | None) -> "Adapter":
+        """The same adapter under another name, and without a source."""
+        same = Adapter(self.trained, self.config, extras=self.extras, vera=self.vera, name=name)
+        same.quantized = self.quantized
+        return same
+
+    @property
+    def direction(self) -> "Adapter":
+        """The adapter without DoRA's magnitudes."""
+        factors = {name: replace(item, magnitude=None) for name, item in self.factors.items()}
+        config = {**self.config, "use_dora": False}
+        return Adapter(factors, config, extras=self.extras, name=self.name)
 
     @property
     def bytes(self) -> int:
@@ -397,11 +451,6 @@ def _refuse_tensor(who: str, key: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and tensor.dtype not in checks.FACTOR_DTYPES:
         raise AdapterError(
             f"{who}, tensor {key}: {tensor.dtype}, expected bfloat16, float16, float32 or float64"
-        )
-    if key.endswith(".lora_magnitude_vector") or ".lora_magnitude_vector." in key:
-        raise AdapterError(
-            f"{who}: {key}: DoRA magnitudes rescale the whole weight, which no pair of factors "
-            "represents"
         )
 
 

@@ -51,7 +51,7 @@ def _refuse_other_kinds(adapters: Sequence[Adapter]) -> None:
     """One name, one kind of layer: a kernel of another size, or other experts, is refused."""
     known: dict[str, tuple[Kind, int]] = {}
     for index, adapter in enumerate(adapters):
-        for module, item in ({} if adapter.vera else adapter.factors).items():
+        for module, item in adapter.trained.items():
             kind, first = known.setdefault(module, (item.kind, index))
             if item.kind is not kind and item.kind != kind:
                 raise AdapterError(

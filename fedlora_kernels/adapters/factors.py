@@ -41,15 +41,29 @@ class Factors:
     """how PEFT's file holds the pair"""
     bias: Tensor | None = None
     """[m], of lora_bias: the module adds scaling * bias"""
+    magnitude: Tensor | None = None
+    """[m], of DoRA: the norm that every output's weights have after the update"""
     finite_at: int = field(default=-1, repr=False, compare=False)
     """:attr:`version` when all entries were seen to be finite; -1 where nobody looked"""
+
+    @property
+    def beside(self) -> dict[str, Tensor]:
+        """What is beside the pair, under the names that messages have for it."""
+        found = {"lora_bias": self.bias, "DoRA's magnitude": self.magnitude}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """B, A and what is beside them."""
+        return {"B": self.b, "A": self.a, **self.beside}
 
     @property
     def version(self) -> int:
         """How often the tensors were written to; 0 where torch does not count (inference)."""
         try:
             of_bias = 0 if self.bias is None else self.bias._version
-            return self.b._version + self.a._version + of_bias
+            of_magnitude = 0 if self.magnitude is None else self.magnitude._version
+            return self.b._version + self.a._version + of_bias + of_magnitude
         except RuntimeError:
             return 0
 
@@ -67,6 +81,8 @@ class Factors:
     @property
     def told(self) -> str:
         """What is not a plain pair of factors about it, as messages tell it."""
+        if self.magnitude is not None:
+            return "DoRA"
         return self.kind.told if self.bias is None else "lora_bias"
 
     def same_a(self, other: "Factors") -> bool:
@@ -79,8 +95,8 @@ class Factors:
 
     @property
     def bytes(self) -> int:
-        """Bytes of both factors and the bias."""
-        return self.a.nbytes + self.b.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        """Bytes of both factors and of what is beside them."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def rescaled(self, scaling: float) -> "Factors":
         """The same update under another scaling: B and the bias take the ratio."""
@@ -88,6 +104,12 @@ class Factors:
         b = (self.b.double() * ratio).to(self.b.dtype)
         bias = None if self.bias is None else (self.bias.double() * ratio).to(self.bias.dtype)
         return replace(self, b=b, bias=bias, scaling=scaling)
+
+    def plus(self, other: "Factors") -> "Factors":
+        """The sum of both updates, under the other's scaling: the factors side by side."""
+        mine = self.rescaled(other.scaling)
+        b = torch.cat([mine.b, other.b.to(mine.b)], dim=1)
+        return replace(mine, b=b, a=torch.cat([mine.a, other.a.to(mine.a)]), finite_at=-1)
 
     def padded(self, rank: int) -> "Factors":
         """Zeros beside the factors, up to a rank."""
@@ -97,14 +119,21 @@ class Factors:
 
 def fitted(module: str, update: Factors | None, target: Factors) -> Factors:
     """``update`` in the rank, scaling and dtype of ``target``: see :meth:`Adapter.fit`."""
+    if (None if update is None else update.magnitude) is None and target.magnitude is not None:
+        raise AdapterError(
+            f"module {module}: the update has no DoRA magnitudes, the template has; those of a "
+            "zero update are the base's, which are unknown here"
+        )
     if update is None:
         zero = None if target.bias is None else torch.zeros_like(target.bias)
         return replace(target, b=torch.zeros_like(target.b), bias=zero, finite_at=-1)
-    if update.kind != target.kind or (update.bias is not None and target.bias is None):
+    lacks = any(
+        mine is not None and theirs is None
+        for mine, theirs in ((update.bias, target.bias), (update.magnitude, target.magnitude))
+    )
+    if update.kind != target.kind or lacks:
         raise AdapterError(
-            f"module {module}: the update is of kind {update.kind.name}"
-            f"{'' if update.bias is None else ' with lora_bias'}, the template's is of kind "
-            f"{target.kind.name}{'' if target.bias is None else ' with lora_bias'}"
+            f"module {module}: the update is {update.told}, the template's is {target.told}"
         )
     b, a = update.b, update.a
     if b.shape[0] != target.b.shape[0] or a.shape[1] != target.a.shape[1]:
@@ -138,4 +167,7 @@ def fitted(module: str, update: Factors | None, target: Factors) -> Factors:
     if bias is not None:
         given = torch.zeros_like(bias) if update.bias is None else update.bias
         bias = (given.double() * ratio).to(bias)
-    return replace(target, b=b, a=a, bias=bias, finite_at=-1)
+    magnitude = target.magnitude
+    if magnitude is not None and update.magnitude is not None:
+        magnitude = update.magnitude.to(magnitude)
+    return replace(target, b=b, a=a, bias=bias, magnitude=magnitude, finite_at=-1)

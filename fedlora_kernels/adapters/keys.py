@@ -20,10 +20,11 @@ _IN_PATTERN = re.compile(rf"(?:{'|'.join(_WRAPPERS)})\\?\.")
 _FACTOR = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\."
     r"(?:lora_(?P<lora>[AB])\.weight|lora_B\.(?P<bias>bias)|lora_embedding_(?P<embedding>[AB])|"
-    r"vera_lambda_(?P<vera>[bd]))$"
+    r"lora_(?P<magnitude>magnitude)_vector(?:\.weight)?|vera_lambda_(?P<vera>[bd]))$"
 )
 _STRAY = re.compile(
-    r"(?:^|\.)(?:lora_(?:[ABab]|up|down|mid|embedding_[AB])|vera_lambda_[bd])(?:\.|$)"
+    r"(?:^|\.)(?:lora_(?:[ABab]|up|down|mid|embedding_[AB]|magnitude_vector)|vera_lambda_[bd])"
+    r"(?:\.|$)"
 )
 _ALPHA = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.alpha$")
 
@@ -32,11 +33,11 @@ class Factor(NamedTuple):
     """What a key says of a factor."""
 
     kind: str
-    """lora, bias, embedding or vera"""
+    """lora, bias, embedding, magnitude or vera"""
     module: str
     """the module's own name, without PEFT's prefix"""
     side: str
-    """A or B; bias; of VeRA d or b"""
+    """A or B; bias; magnitude, of DoRA; of VeRA d or b"""
 
 
 def plain(key: str) -> str:

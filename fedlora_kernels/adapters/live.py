@@ -18,6 +18,7 @@ from fedlora_kernels.adapters import keys, patterns, peft_format, refused
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.kinds import experts
 from fedlora_kernels.adapters.peft_format import Config, listed
+from fedlora_kernels.ops import checks
 
 _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 """Under which name torch.compile, FSDP, activation checkpointing and DDP keep the model."""
@@ -33,6 +34,8 @@ class Live:
     """module -> the scaling that its layer applies; empty for VeRA"""
     config: Config
     """the adapter's config, with the layers' scalings"""
+    quantized: str | None
+    """the first layer whose base weights are in few bits, and its class; None where none are"""
 
     def whole(self) -> dict[str, Tensor]:
         """Whole tensors, the model's own where it is not sharded; a collective where it is."""
@@ -79,7 +82,8 @@ def opened(
         layers = _layers(_tuner_layers(inner), chosen, who)
         state = _state(inner, chosen, who)
         scalings = _scalings(layers, chosen, who)
-        yield Live(state, scalings, _rescaled(config, layers, chosen, scalings))
+        config = _rescaled(config, layers, chosen, scalings)
+        yield Live(state, scalings, config, _quantized(layers))
 
 
 def opened_together(model: Any, names: Sequence[str]) -> list[Live]:
@@ -105,7 +109,8 @@ def opened_together(model: Any, names: Sequence[str]) -> list[Live]:
                     _refuse_absent(tensor, f"{name}, module {module}")
                     state[f"{keys.PREFIX}{module}.{kind}{own}"] = tensor
         scalings = _scalings(layers, name, name)
-        found.append(Live(state, scalings, _rescaled(config, layers, name, scalings)))
+        config = _rescaled(config, layers, name, scalings)
+        found.append(Live(state, scalings, config, _quantized(layers)))
     return found
 
 
@@ -282,6 +287,21 @@ def _rescaled(
     }
     usual = Counter(alphas.values()).most_common(1)[0][0]
     return {**config, "lora_alpha": usual, "alpha_pattern": patterns.written(alphas, usual)}
+
+
+def _quantized(layers: Mapping[str, Any]) -> str | None:
+    """A layer is quantized where it holds numbers that no LoRA factor is made of, integers or
+    floats of 8 bits; torchao's tensors tell another dtype than they have.
+    """
+    for module, layer in layers.items():
+        base = layer.get_base_layer()
+        for tensor in (*base._parameters.values(), *base._buffers.values()):
+            if tensor is not None and (
+                tensor.dtype not in checks.FACTOR_DTYPES
+                or type(tensor).__module__.startswith("torchao.")
+            ):
+                return f"module {module} is a {type(base).__name__}"
+    return None
 
 
 def _named(module: str, layer: Any) -> str:

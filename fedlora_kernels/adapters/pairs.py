@@ -9,7 +9,7 @@ from fedlora_kernels.adapters import peft_format
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.keys import PREFIX
-from fedlora_kernels.adapters.kinds import convolution, experts
+from fedlora_kernels.adapters.kinds import convolution, dora, experts
 from fedlora_kernels.adapters.kinds.embedding import EMBEDDING
 from fedlora_kernels.adapters.kinds.kind import LINEAR, Kind
 from fedlora_kernels.adapters.peft_format import CONFIG_FILE, Config, Promised
@@ -25,7 +25,7 @@ def read(
 
     Args:
         who: the client, for messages.
-        tensors: module -> its tensors: A, B, and where there are these bias, embedding.
+        tensors: module -> its tensors: A, B, and where there are these bias, magnitude, embedding.
         config: of the adapter.
         promised: what the config says.
 
@@ -33,8 +33,14 @@ def read(
         AdapterError: a factor is missing, or contradicts the other or the config; names the module.
     """
     found = _of_parameters(who, tensors, config, promised)
+    with_magnitude = bool(config.get("use_dora"))
     made: dict[str, Factors] = {}
     for module, sides in sorted(tensors.items()):
+        if ("magnitude" in sides) != with_magnitude:
+            stated, have = ("set", "no") if with_magnitude else ("not set", "a")
+            raise AdapterError(
+                f"{who}: use_dora is {stated}: found {have} {dora.KEY} of module {module} (DoRA)"
+            )
         for name, pair in _read(who, module, sides, promised, found.get(module)):
             made[name] = replace(pair, finite_at=pair.version)
     return made
@@ -77,12 +83,21 @@ def _read(
         raise AdapterError(
             f"{where}: {BIAS} is {bias.dtype} {list(bias.shape)}, expected [{b.shape[0]}]"
         )
+    magnitude = sides.get("magnitude")
+    if magnitude is not None:
+        expected = kind.magnitude(b[:, 0]).shape
+        if magnitude.shape != expected or not magnitude.is_floating_point():
+            raise AdapterError(
+                f"{where}: {dora.KEY} is {magnitude.dtype} {list(magnitude.shape)}, expected "
+                f"{list(expected)}"
+            )
+        magnitude = magnitude.flatten()
     rank = promised.rank(module)
     if a.shape[0] != rank:
         raise AdapterError(
             f"{where}: factors have rank {a.shape[0]}, its {CONFIG_FILE} says {rank}"
         )
-    yield module, Factors(b, a, promised.scaling(module, rank), kind, bias)
+    yield module, Factors(b, a, promised.scaling(module, rank), kind, bias, magnitude)
 
 
 def _of_parameters(
@@ -121,7 +136,7 @@ def written(factors: Mapping[str, Factors], sides: str) -> dict[str, Tensor]:
 
     Args:
         factors: pair name -> factors.
-        sides: "both", "a" or "b"; a lora_bias goes with B.
+        sides: "both", "a" or "b"; lora_bias and DoRA's magnitudes go with B.
     """
     modules: dict[str, list[Factors]] = {}
     for name, item in factors.items():
@@ -137,4 +152,6 @@ def written(factors: Mapping[str, Factors], sides: str) -> dict[str, Tensor]:
             tensors[f"{PREFIX}{module}.{kind.key_b}"] = b
             if (bias := items[0].bias) is not None:
                 tensors[f"{PREFIX}{module}.{BIAS}"] = bias
+            if (magnitude := items[0].magnitude) is not None:
+                tensors[f"{PREFIX}{module}.{dora.KEY}"] = kind.magnitude(magnitude)
     return tensors

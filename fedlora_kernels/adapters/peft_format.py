@@ -29,6 +29,7 @@ _COMMON = {
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
+    "use_dora": False,
     "projection_prng_key": None,
 }
 # Fields that only matter beside another one.

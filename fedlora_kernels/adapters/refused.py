@@ -9,7 +9,6 @@ _TYPES = {
 _OTHER_TYPE = "train with LORA, or convert with peft.save_as_lora where PEFT can"
 # Config fields that turn B A into something that a pair of factors cannot carry.
 _FIELDS = {
-    "use_dora": ("DoRA magnitudes rescale the whole weight", "train with use_dora=False"),
     "kasa_config": ("KaSA multiplies by singular values of the base", "train without it"),
     "use_bdlora": ("block-diagonal LoRA constrains the factors", "train without it"),
     "monteclora_config": ("MonteCLoRA samples its factors", "train without it"),

@@ -31,7 +31,7 @@ class Arrived(Round):
         adapters: the K clients, in the order in which they came.
         weights: their weights.
         blocks: the folders of their block rows.
-        memory_limit, scratch, absent, device: see :class:`Round`.
+        memory_limit, scratch, absent, device, magnitudes: see :class:`Round`.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Arrived(Round):
         scratch: Path,
         absent: str,
         device: torch.device | str | None,
+        magnitudes: str | None,
     ) -> None:
         self._folders = blocks
         super().__init__(
@@ -53,6 +54,7 @@ class Arrived(Round):
             device=device,
             memory_limit=memory_limit,
             scratch=scratch,
+            magnitudes=magnitudes,
         )
 
     @cached_property

@@ -30,20 +30,12 @@ def load(folder: Path, name: str | None) -> Adapter:
     """An adapter under the name that messages have for it, and without a source: one folder may
     come again with a client's next adapter, when copies are kept.
     """
-    found = Adapter.load(folder)
-    return named(found, name)
-
-
-def named(adapter: Adapter, name: str | None) -> Adapter:
-    """The same adapter under another name, and without a source."""
-    vera = adapter.vera
-    factors = {} if vera else adapter.factors
-    return Adapter(factors, adapter.config, extras=adapter.extras, vera=vera, name=name)
+    return Adapter.load(folder).named(name)
 
 
 def refuse_other_scalings(written: Adapter, meant: Adapter, who: str) -> None:
     """Raise AdapterError where a config gives other scalings than the factors have."""
-    for module, factors in ({} if meant.vera else meant.factors).items():
+    for module, factors in meant.trained.items():
         found = written.factors[module].scaling
         if found != factors.scaling:
             raise AdapterError(

@@ -23,14 +23,13 @@ from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.finite import all_finite
 from fedlora_kernels.adapters.kinds import table
-from fedlora_kernels.adapters.kinds.kind import LINEAR, Kind
-from fedlora_kernels.adapters.kinds.vera import PROJECTIONS
+from fedlora_kernels.adapters.kinds.kind import Kind
 from fedlora_kernels.arrivals import durable
 from fedlora_kernels.rules import Rule
 
 TABLE = "table.json"
-B, A, BIAS, LAMBDA, EXTRA = "B ", "A ", "bias ", "lambda_d ", "beside "
-"""what the names of tensors start with; a module's or an extra's own name follows"""
+B, A, BIAS, MAGNITUDE, BESIDE = "B ", "A ", "bias ", "magnitude ", "beside "
+"""what the names of tensors start with; a module's name or a tensor's own key follows"""
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,11 @@ class Row:
     """whether all clients have this scaling, and the rule keeps it"""
     weight: float
     """of the clients that have the module, in units of 2^unit"""
-    kind: Kind = LINEAR
-    bias: bool = False
+    kind: Kind
+    bias: bool
     """whether some client has a lora_bias"""
+    magnitude: bool
+    """whether the clients have DoRA"""
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ class Sums:
 
     folder: Path | None = None
     modules: Mapping[str, Row] = field(default_factory=dict)
-    vera: Mapping[str, Row] = field(default_factory=dict)
     beside: Mapping[str, str] = field(default_factory=dict)
-    """the dtypes of the tensors beside the factors"""
+    """the dtypes of the tensors of :meth:`Adapter.averaged`"""
     config: Mapping[str, Any] = field(default_factory=dict)
     """the first client's"""
     known: Mapping[str, Any] = field(default_factory=dict)
@@ -79,11 +79,10 @@ class Sums:
     def read(cls, folder: Path) -> "Sums":
         """The sums that :meth:`plus` wrote; they stay on the disk."""
         fields = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-        for name in ("modules", "vera"):
-            fields[name] = {
-                module: Row(**{**row, "kind": table.restored(row["kind"])})
-                for module, row in fields[name].items()
-            }
+        fields["modules"] = {
+            module: Row(**{**row, "kind": table.restored(row["kind"])})
+            for module, row in fields["modules"].items()
+        }
         return cls(folder, **fields)
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -117,7 +116,7 @@ class Sums:
         """
         unit = math.frexp(weight)[1] if self.unit is None and weight > 0 else self.unit
         share = weight if unit is None else _scaled(weight, -unit, who)
-        factors = {} if client.vera else client.factors
+        factors, averaged = client.trained, client.averaged(heads)
         known = {key: value for key, value in client.config.items() if value is not None}
         fresh = not self.config
         old = self.tensors()
@@ -125,12 +124,10 @@ class Sums:
             self,
             folder=folder,
             modules=_rows(self.modules, factors, share, rule),
-            vera=_vera_rows(self.vera, client, share),
             beside={
                 key: _promoted(self.beside.get(key), tensor.dtype)
-                for key, tensor in client.extras.items()
-                if (heads == "average" or key in PROJECTIONS)
-                and (fresh or not extras.frozen(key) or _same(old.get(EXTRA + key), tensor))
+                for key, tensor in averaged.items()
+                if fresh or not extras.frozen(key) or _same(old.get(BESIDE + key), tensor)
             },
             config=client.config if fresh else self.config,
             known={**known, **self.known},
@@ -145,23 +142,29 @@ class Sums:
             weight=self.weight + share,
         )
         with durable.made(folder) as place:
-            durable.write_tensors(place, made._sums(old, client, share, rule, who), room)
+            sums = made._sums(old, factors, averaged, share, rule, who)
+            durable.write_tensors(place, sums, room)
             fields = {key: value for key, value in vars(made).items() if key != "folder"}
-            for name in ("modules", "vera"):
-                fields[name] = {
-                    module: {**asdict(row), "kind": table.plain(row.kind)}
-                    for module, row in fields[name].items()
-                }
+            fields["modules"] = {
+                module: {**asdict(row), "kind": table.plain(row.kind)}
+                for module, row in made.modules.items()
+            }
             (place / TABLE).write_text(json.dumps(fields), encoding="utf-8")
         return made
 
     def _sums(
-        self, old: Mapping[str, Tensor], client: Adapter, share: float, rule: Rule, who: str
+        self,
+        old: Mapping[str, Tensor],
+        factors: Mapping[str, Factors],
+        averaged: Mapping[str, Tensor],
+        share: float,
+        rule: Rule,
+        who: str,
     ) -> Iterator[tuple[str, Tensor]]:
         for module, row in self.modules.items():
-            pair = client.factors.get(module)
+            pair = factors.get(module)
             if pair is None:
-                sides = (B + module, A + module, BIAS + module)
+                sides = (B + module, A + module, BIAS + module, MAGNITUDE + module)
                 yield from ((name, old[name]) for name in sides if name in old)
                 continue
             where = f"{who}, module {module}"
@@ -172,25 +175,24 @@ class Sums:
                 own = pair.b.new_zeros(row.rows) if pair.bias is None else pair.bias
                 term = share * pair.scaling
                 yield BIAS + module, _sum(old.get(BIAS + module), own, term, own.shape, where)
+            if pair.magnitude is not None:
+                name, own = MAGNITUDE + module, pair.magnitude
+                yield name, _sum(old.get(name), own, share, own.shape, where)
             if rule.sends == "b":  # one A in all clients, which is no sum
                 yield A + module, old.get(A + module, _own(pair.a))
             else:
                 shape = (row.rank, row.columns)
                 yield A + module, _sum(old.get(A + module), pair.a, share, shape, where)
-        for module in self.vera:
-            name, (_, lambda_d) = LAMBDA + module, client.vera[module]
-            where = f"{who}, module {module}"
-            yield name, _sum(old.get(name), lambda_d, share, lambda_d.shape, where)
         for key in self.beside:
-            tensor = client.extras[key]
+            tensor = averaged[key]
             if _averaged(key, tensor):
                 where = f"{who}, tensor {key}"
-                total = _sum(old.get(EXTRA + key), tensor, share, tensor.shape, where)
+                total = _sum(old.get(BESIDE + key), tensor, share, tensor.shape, where)
             else:  # frozen, or a counter, of which the largest counts
-                total = old.get(EXTRA + key, _own(tensor))
+                total = old.get(BESIDE + key, _own(tensor))
                 if not extras.frozen(key):
                     total = torch.maximum(total, tensor)
-            yield EXTRA + key, total
+            yield BESIDE + key, total
 
     def before(self, rule: Rule) -> Adapter | None:
         """The clients so far as one adapter, for what must hold between them and a new one: kinds,
@@ -203,19 +205,16 @@ class Sums:
         for module, row in self.modules.items():
             b = zero.expand(row.rows, row.rank)
             a = old[A + module] if rule.sends == "b" else zero.expand(row.rank, row.columns)
-            factors[module] = Factors(b, a, row.scaling, row.kind)
-        vera = {
-            module: (zero.expand(row.rows), zero.expand(row.rank))
-            for module, row in self.vera.items()
-        }
+            magnitude = zero.expand(row.rows) if row.magnitude else None
+            factors[module] = Factors(b, a, row.scaling, row.kind, magnitude=magnitude)
         beside = {
-            key: zero.expand(old[EXTRA + key].shape)
-            if _averaged(key, old[EXTRA + key])
-            else old[EXTRA + key]
+            key: zero.expand(old[BESIDE + key].shape)
+            if _averaged(key, old[BESIDE + key])
+            else old[BESIDE + key]
             for key in self.beside
         }
         config = peft_format.completed(dict(self.config), self.known)
-        return Adapter(factors, config, extras=beside, vera=vera)
+        return Adapter.of_averaged(factors, config, beside)
 
     def mean(self, rule: Rule, absent: str, dtype: torch.dtype | None) -> Adapter:
         """The clients' mean as one adapter, in the dtype that was asked for or in the clients'.
@@ -225,7 +224,7 @@ class Sums:
                 mean.
         """
         agreement.normalized([self.weight] if self.config else None, self._anyone())
-        old, factors, vera = self.tensors(), {}, {}
+        old, factors = self.tensors(), {}
         for module, row in self.modules.items():
             kind = dtype or _dtype(row.dtype)
             scaling = row.scaling if row.common and row.scaling != 0 else 1.0
@@ -242,23 +241,25 @@ class Sums:
             bias = None
             if row.bias:
                 bias = _rounded(old[BIAS + module] / all_of_them / scaling, kind, module)
-            factors[module] = Factors(*pair, scaling, row.kind, bias)
-        for module, row in self.vera.items():
-            mean_d = _rounded(old[LAMBDA + module] / self.weight, _dtype(row.dtype), module)
-            vera[module] = (torch.zeros(row.rows, dtype=mean_d.dtype), mean_d)
+            magnitude = None
+            if row.magnitude and row.weight > 0:
+                magnitude = _rounded(old[MAGNITUDE + module] / present, kind, module)
+            factors[module] = Factors(*pair, scaling, row.kind, bias, magnitude)
         config = {**self.config, "use_rslora": self.rslora}
         if not self.alike:  # then the modules are listed
             config["target_modules"] = None
-        return Adapter(factors, config, extras=self._beside(old), vera=vera)
+        return Adapter.of_averaged(factors, config, self._means(old))
 
     def _anyone(self) -> tuple[Adapter, ...]:
         return (Adapter({}, dict(self.config)),) if self.config else ()
 
-    def _beside(self, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The means of the tensors beside the factors; what has no mean is the first client's."""
+    def _means(self, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The means of the tensors that are averaged as they are; what has no mean is the first
+        client's.
+        """
         means = {}
         for key, dtype in self.beside.items():
-            total = old[EXTRA + key]
+            total = old[BESIDE + key]
             mean = total / self.weight if _averaged(key, total) else total
             means[key] = _rounded(mean, _dtype(dtype), key)
         return means
@@ -284,24 +285,9 @@ def _rows(
             weight=share + (before.weight if before else 0.0),
             kind=pair.kind,
             bias=pair.bias is not None or (before is not None and before.bias),
+            magnitude=pair.magnitude is not None,
         )
     return dict(sorted(rows.items()))
-
-
-def _vera_rows(old: Mapping[str, Row], client: Adapter, share: float) -> dict[str, Row]:
-    return {
-        module: old.get(module)
-        or Row(
-            rows=lambda_b.numel(),
-            columns=0,
-            rank=lambda_d.numel(),
-            dtype=_promoted(None, lambda_d.dtype),
-            scaling=1.0,
-            common=True,
-            weight=share,
-        )
-        for module, (lambda_b, lambda_d) in client.vera.items()
-    }
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -104,6 +104,12 @@ def _bytes(text: str) -> int:
     help="Do not check that the clients' configs name the same base model.",
 )
 @click.option(
+    "--magnitudes",
+    type=click.Choice(["average"]),
+    help="Admit DoRA: the rule aggregates the directions, and the magnitudes are averaged.  "
+    "[default: refuse DoRA]",
+)
+@click.option(
     "--pickled",
     is_flag=True,
     help="Read adapter_model.bin where a client has no safetensors; no code of the file runs.",
@@ -131,6 +137,7 @@ def aggregate(
     dtype: str | None,
     heads: str | None,
     same_base: bool,
+    magnitudes: str | None,
     pickled: bool,
     memory_limit: int | None,
     modules: bool,
@@ -163,6 +170,7 @@ def aggregate(
             dtype=dtype,
             heads=heads,
             same_base=same_base,
+            magnitudes=magnitudes,
             memory_limit=memory_limit,
             scratch=next(p for p in Path(os.path.realpath(out)).parents if p.exists()),
             progress=None if memory_limit is None else _tell,

@@ -10,7 +10,8 @@ from fedlora_kernels.cli.rule_options import flag
 _CAPTION = """\
 travels: what a client sends. ranks: of the clients, any or equal.
 after: continue, the next round starts from the global adapter (or each client's own);
-       merge, first the adapter or its residual is merged into the base model.
+       merge, first the adapter or its residual is merged into the base model
+       (in 16 or 32 bits: merging into 4 or 8 bits rounds the update).
 `fedlora aggregate --help` says what the options mean."""
 
 

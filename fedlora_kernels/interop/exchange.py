@@ -30,6 +30,7 @@ from fedlora_kernels._saved import restored, restored_memory, saved, saved_memor
 from fedlora_kernels.adapters import keys, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.kinds import experts
 from fedlora_kernels.adapters.peft_format import Config, label
 from fedlora_kernels.rules import Rule
 
@@ -73,6 +74,7 @@ class Exchange:
         adapter_config: of clients that send none; a PEFT config or the mapping of its JSON.
         same_base: whether the clients have one base model whatever their configs call it.
         device: where the work is done.
+        magnitudes: "average" admits DoRA, see :class:`Round`; None refuses it.
         state: the file to go on from, written after every round; None keeps nothing.
 
     Raises:
@@ -89,6 +91,7 @@ class Exchange:
         adapter_config: object = None,
         same_base: bool = False,
         device: torch.device | str | None = None,
+        magnitudes: str | None = None,
         state: str | Path | None = None,
     ) -> None:
         if rule is None:
@@ -105,7 +108,11 @@ class Exchange:
         self.arrays: dict[str, Tensor] = {}
         """what a client starts from of which nothing is known"""
         self._config = None if adapter_config is None else _lora(peft_format.plain(adapter_config))
-        self._same_base, self._device = same_base, device
+        self._round_settings: dict[str, Any] = {
+            "same_base": same_base,
+            "device": device,
+            "magnitudes": magnitudes,
+        }
         self._replies: dict[Client, Reply] = {}
         self._started: dict[Client, dict[str, Tensor]] = {}
         self._ready: dict[int, dict[str, Tensor]] = {}
@@ -199,8 +206,7 @@ class Exchange:
                 round_ = Round(
                     list(adapters.values()),
                     weights=[weights[client] for client in adapters],
-                    device=self._device,
-                    same_base=self._same_base,
+                    **self._round_settings,
                 )
                 result = round_.aggregate(self.rule, carried=self._carried)
             except AdapterError as error:
@@ -333,10 +339,10 @@ class Exchange:
         own = next((own for own in owners if shapes(own.state_dict()) == wanted), owners[0])
         if self.rule.personal:
             shared = self._delivery.adapter
-            made = shared if shared.vera else shared.fit(own)
+            made = shared if shared.vera else shared.fit(own.direction)
         else:
             made = self._received(own, "the server")
-        tensors = made.state_dict()
+        tensors = {**self.arrays, **made.state_dict()}  # DoRA's magnitudes: as in the beginning
         return {key: tensors.get(key, value) for key, value in own.state_dict().items()}
 
     # ---- the file ------------------------------------------------------------------------------
@@ -478,10 +484,16 @@ def _assumed(tensors: Mapping[str, Tensor]) -> Config:
     ranks = {f.module: len(tensors[k]) for k, f in factors.items() if f and f.side == "A"}
     if not ranks:
         return {"peft_type": "LORA"}
+    for module in filter(experts.told_by, ranks):
+        raise AdapterError(
+            f"module {module}: found the factors of experts, {ranks[module]} rows of A, which do "
+            "not tell how many experts of which rank; send adapter_config with the reply, or give "
+            "the server adapter_config="
+        )
     scalings = dict.fromkeys(ranks, 1.0)
-    return peft_format.result_config(
-        {"peft_type": "LORA"}, ranks, scalings, rslora=False, targets=list(ranks)
-    )
+    with_magnitudes = any(factor and factor.kind == "magnitude" for factor in factors.values())
+    start = {"peft_type": "LORA", "use_dora": with_magnitudes}
+    return peft_format.result_config(start, ranks, scalings, rslora=False, targets=list(ranks))
 
 
 def _lora(config: Config) -> Config:

@@ -77,6 +77,7 @@ class LoraStrategy(FedAvg):
         adapter_config: of clients that send none; a PEFT config or the mapping of its JSON.
         same_base: whether the clients have one base model whatever their configs call it.
         device: where the server aggregates.
+        magnitudes: "average" admits DoRA, see :class:`fedlora_kernels.Round`; None refuses it.
         state: a file, written after every round, from which a server that is started again goes on;
             Flower keeps nothing.
         **fedavg: the arguments of Flower's FedAvg.
@@ -95,6 +96,7 @@ class LoraStrategy(FedAvg):
         *,
         same_base: bool = False,
         device: torch.device | str | None = None,
+        magnitudes: str | None = None,
         state: str | Path | None = None,
         **fedavg: Any,
     ) -> None:
@@ -112,6 +114,7 @@ class LoraStrategy(FedAvg):
             adapter_config=adapter_config,
             same_base=same_base,
             device=device,
+            magnitudes=magnitudes,
             state=state,
         )
         self._before = 0

@@ -72,6 +72,7 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         weighted_by_key: the number in a result's meta by which the site counts. Where no site
             sends it they count equally.
         device: where the server aggregates.
+        magnitudes: "average" admits DoRA, see :class:`fedlora_kernels.Round`; None refuses it.
         state: a file of the server, written after every round, from which a job that is submitted
             again goes on.
 
@@ -93,6 +94,7 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         same_base: bool = False,
         weighted_by_key: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
         device: str | None = None,
+        magnitudes: str | None = None,
         state: str | None = None,
     ) -> None:
         super().__init__()
@@ -103,6 +105,7 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
             adapter_config=config,
             same_base=same_base,
             device=device,
+            magnitudes=magnitudes,
             state=state,
         )
         # NVFlare writes a job's arguments as JSON, from attributes of their names.
@@ -115,6 +118,7 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         }
         self.adapter_config, self.same_base = config, same_base
         self.weighted_by_key, self.device, self.state = weighted_by_key, device, state
+        self.magnitudes = magnitudes
         self._lock = Lock()  # sites fetch their models from several threads
         self._shapes: dict[str, torch.Size] = {}
         self._asked: set[str] = set()

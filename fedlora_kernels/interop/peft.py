@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from fedlora_kernels import ops, rules
 from fedlora_kernels._aggregate import aggregate
-from fedlora_kernels._aggregation import Aggregation
 from fedlora_kernels.adapters import keys, live, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
@@ -112,7 +111,7 @@ def add_weighted_adapter(
         result = aggregate(
             _signed(found, factors), rule=rule, weights=[abs(x) for x in factors], heads="local"
         )
-        made = _whole(result)
+        made = result.unmerged.factors
         if rule.personal:
             warnings.warn(
                 f"{rule.name} shares A only: the B of {adapter_name!r} is zero", stacklevel=2
@@ -153,7 +152,7 @@ def hotswap(model: Any, adapter: Adapter, adapter_name: str = "default") -> None
         raise AdapterError(f"{who}: hotswap() takes LoRA factors, found VeRA vectors")
     layers = _layers(tuner, adapter_name)
     for module, own in adapter.factors.items():
-        if own.kind != LAYER or own.bias is not None:
+        if own.kind != LAYER or own.beside:
             raise AdapterError(
                 f"{who}, module {module}: found {own.told}, hotswap() takes linear layers alone; "
                 "save the adapter and load it with PeftModel.load_adapter"
@@ -222,7 +221,7 @@ def _sources(model: Any, names: Sequence[str]) -> list[Adapter]:
     adapters = [Adapter.from_state_dict(x.whole(), x.config, name=name) for name, x in found]
     for adapter in adapters:
         for module, item in adapter.factors.items():
-            if item.kind not in (LAYER, EMBEDDING) or item.bias is not None:
+            if item.kind not in (LAYER, EMBEDDING) or item.beside:
                 raise AdapterError(
                     f"{adapter.name}, module {module}: found {item.told}, expected linear layers "
                     "and embeddings; save the adapters, aggregate the folders and load the result"
@@ -247,6 +246,11 @@ def _refuse_source(model: Any, name: str) -> None:
                 f"{name}: {field} is {value!r}: weights of any sum and sign do not average tensors "
                 "beside the factors; aggregate the adapters, or leave the field out"
             )
+    if config.use_dora:
+        raise AdapterError(
+            f"{name}: found DoRA: weights of any sum and sign do not average magnitudes; save the "
+            "adapters and aggregate the folders with magnitudes='average'"
+        )
 
 
 def _ranks(tuner: Any, adapters: Sequence[str]) -> list[int]:
@@ -394,17 +398,6 @@ def _signed(found: Sequence[Adapter], weights: Sequence[float]) -> list[Adapter]
         )
         for adapter, weight in zip(found, weights, strict=True)
     ]
-
-
-def _whole(result: Aggregation) -> dict[str, Factors]:
-    """The factors of adapter and residual together."""
-    made = dict(result.adapter.factors)
-    for module, rest in () if result.residual is None else result.residual.factors.items():
-        mine = made[module]
-        extra = (rest.b.double() * (rest.scaling / mine.scaling)).to(mine.b)
-        b, a = torch.cat([mine.b, extra], dim=1), torch.cat([mine.a, rest.a])
-        made[module] = replace(mine, b=b, a=a)
-    return made
 
 
 def _padded(made: Mapping[str, Factors], rank: int) -> dict[str, Factors]:

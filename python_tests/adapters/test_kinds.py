@@ -7,6 +7,8 @@ of the base's parameters, weights and biases, minus the base, in float64.
 import copy
 import functools
 import math
+import re
+import time
 import warnings
 
 import pytest
@@ -25,6 +27,8 @@ from transformers import (
 )
 
 import fedlora_kernels as flk
+from fedlora_kernels.adapters.kinds.experts import told_by
+from fedlora_kernels.interop.exchange import Exchange, Reply
 
 SHARES = (0.25, 0.75)
 
@@ -248,3 +252,83 @@ def test_clients_with_some_of_the_layers(absent, tmp_path):
     applied = update("biases", opened("biases", tmp_path / "global"))
     assert applied.keys() == expected.keys()
     assert sum(distance(applied, expected)) <= 1e-5 * norm(expected)
+
+
+# ---- experts -----------------------------------------------------------------------------------
+
+
+def replies(case, tmp_path, configs):
+    clients = [saved(trained(case, seed), tmp_path / f"site-{seed}") for seed in (1, 2)]
+    return clients, [
+        Reply(client.state_dict(), share, client.config if configs else None)
+        for share, client in zip(SHARES, clients, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3-moe", "gpt-oss"])
+def test_experts_need_a_config_in_an_exchange(case, tmp_path):
+    """A tensor of E r rows does not tell E and r apart, and would pass for a layer of rank E r."""
+    clients, bare = replies(case, tmp_path, configs=False)
+    exchange = Exchange("florist")
+    for site, reply in zip("ab", bare, strict=True):
+        exchange.receive(site, reply)
+    with pytest.raises(flk.AdapterError, match=r"site a: module \S+experts") as refused:
+        exchange.finish()
+    for site in "ab":
+        assert re.search(
+            rf"site {site}: module model.layers.0.mlp.experts\S*: found the factors of experts, "
+            r"\d+ rows of A, which do not tell .*; send adapter_config with the reply, or give the "
+            r"server adapter_config=",
+            str(refused.value),
+        )
+    expected = flk.aggregate(clients, rule="florist", weights=SHARES).adapter.state_dict()
+    _, told = replies(case, tmp_path, configs=True)
+    for sent, config in ((told, None), (bare, clients[0].config)):
+        exchange = Exchange("florist", adapter_config=config)
+        for site, reply in zip("ab", sent, strict=True):
+            exchange.receive(site, reply)
+        found = exchange.finish().adapter.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "module", ["experts.0.w1", "mlp.shared_experts.up_proj", "model.layers.0.self_attn.q_proj"]
+)
+def test_lists_of_experts_and_other_layers_need_none(module):
+    assert not told_by(module)
+
+
+def test_three_thousand_experts_in_seconds():
+    """Qwen3-MoE's 128 experts in 12 layers, both parameters: each expert has a rank of its own, and
+    the file one rank per parameter.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_parameters": BOTH}
+    sizes = {"": (24, 16), ".base_layer": (16, 12)}
+
+    def client():
+        tensors = {}
+        for layer in range(12):
+            for inside, (m, n) in sizes.items():
+                key = f"base_model.model.model.layers.{layer}.mlp.experts{inside}."
+                tensors[f"{key}lora_A.weight"] = torch.randn(512, n, generator=generator)
+                tensors[f"{key}lora_B.weight"] = torch.randn(m, 512, generator=generator)
+        return flk.Adapter.from_state_dict(tensors, config)
+
+    clients = [client() for _ in range(4)]
+    start = time.perf_counter()
+    result = flk.aggregate(clients, rule="florist", energy=0.8)
+    tensors = result.adapter.state_dict()
+    seconds = time.perf_counter() - start
+    assert len(result.adapter.factors) == len(result.report) == 3072
+    assert len({row.rank for row in result.report.values()}) > 1
+    for layer in range(12):
+        experts = [
+            tensors[f"base_model.model.model.layers.{layer}.mlp.experts{inside}.lora_A.weight"]
+            for inside in sizes
+        ]
+        rows = {len(tensor) for tensor in experts}
+        assert len(rows) == 1
+        assert rows.pop() % 128 == 0
+    assert seconds < 30, f"{seconds:.1f} s"

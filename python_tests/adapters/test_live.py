@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import nn
 
 import fedlora_kernels as flk
@@ -190,3 +190,46 @@ def test_a_model_of_other_ranks_stays_as_it_was():
         flk.Adapter.from_model(other, name="site-3").to_model(model)
     after = flk.Adapter.from_model(model).state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# ---- a base in few bits ------------------------------------------------------------------------
+
+
+def quantized(seed):
+    """The base of the second module lies in floats of 8 bits."""
+    model = trained(seed)
+    layer = model.base_model.model.inner.second.get_base_layer()
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("rule", ["flora", "fedex", "fedmomentum", "florist"])
+def test_rules_that_merge_say_what_a_quantized_base_would_lose(rule):
+    plain, odd = flk.Adapter.from_model(trained(1)), flk.Adapter.from_model(quantized(2))
+    assert plain.quantized is None
+    assert odd.quantized == "module inner.second is a Linear"
+    result = flk.aggregate([plain, odd], rule=rule)
+    merges = result.rule.after == "merge"
+    said = "client 1, module inner.second is a Linear: merging into a quantized base rounds the"
+    assert (said in result.report.note) == merges
+    assert not merges or "result.unmerged" in result.report.note
+    assert "quantized" not in flk.aggregate([plain, plain], rule=rule).report.note
+
+
+@pytest.mark.parametrize("rule", ["flora", "fedex", "fedmomentum", "fedit"])
+def test_the_whole_update_is_one_adapter_with_nothing_to_merge(rule, tmp_path):
+    clients = [flk.Adapter.from_model(trained(seed, lora_alpha=3 * seed)) for seed in (1, 2, 3)]
+    result = flk.aggregate(clients, rule=rule, weights=[0.5, 0.2, 0.3])
+    result.unmerged.save(tmp_path / "whole")
+    model = PeftModel.from_pretrained(Base(), tmp_path / "whole")
+    found = flk.Adapter.load(tmp_path / "whole")
+    assert_runs(found, model)
+    for module in MODULES:
+        expected = result.adapter.delta(module)
+        if result.residual is not None:
+            expected = expected + result.residual.delta(module)
+        torch.testing.assert_close(found.delta(module), expected, rtol=1e-5, atol=1e-5)
+        if rule in ("flora", "fedex"):  # exact
+            shares = zip([0.5, 0.2, 0.3], clients, strict=True)
+            ideal = sum(share * client.delta(module) for share, client in shares)
+            torch.testing.assert_close(found.delta(module), ideal, rtol=1e-5, atol=1e-4)

@@ -310,7 +310,8 @@ def test_a_job_that_is_submitted_again_goes_on(tmp_path):
 @pytest.mark.parametrize("rule", ["florist", flk.rules.FLoRIST(energy=0.7)], ids=["name", "rule"])
 def test_a_job_holds_the_aggregators_arguments(rule, tmp_path):
     """What a server builds from the exported job is what was given to the recipe."""
-    made = LoraAggregator(rule, adapter_config={"r": 4, "lora_alpha": 8}, weighted_by_key="n")
+    more = {"weighted_by_key": "n", "magnitudes": "average"}
+    made = LoraAggregator(rule, adapter_config={"r": 4, "lora_alpha": 8}, **more)
     (tmp_path / "client.py").touch()
     recipe = FedAvgRecipe(
         model={"class_path": "torch.nn.Linear", "args": {"in_features": 2, "out_features": 2}},
@@ -326,6 +327,7 @@ def test_a_job_holds_the_aggregators_arguments(rule, tmp_path):
     again = LoraAggregator(**written["args"])
     assert again.exchange.rule == made.exchange.rule
     assert (again.adapter_config, again.weighted_by_key) == ({"r": 4, "lora_alpha": 8}, "n")
+    assert written["args"]["magnitudes"] == again.magnitudes == "average"
 
 
 def test_unknown_rules_and_options():

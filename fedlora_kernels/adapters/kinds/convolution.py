@@ -31,6 +31,10 @@ class Convolution(Kind):
         ones = [1] * len(self.kernel)
         return b.reshape(*b.shape, *ones), a.reshape(a.shape[0], -1, *self.kernel)
 
+    def magnitude(self, vector: Tensor) -> Tensor:
+        """See :meth:`Kind.magnitude`."""
+        return vector.reshape(1, -1, *[1] * len(self.kernel))
+
 
 def read(b: Tensor, a: Tensor) -> tuple[Convolution, Tensor, Tensor]:
     """The kind and the pair of a file's tensors.

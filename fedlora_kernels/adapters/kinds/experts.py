@@ -8,6 +8,7 @@ which; all parameters of one module are written with one rank and one scaling, s
 matter. A parameter of two dimensions is one expert.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -62,6 +63,16 @@ class Expert(Kind):
         """See :meth:`Kind.joined`."""
         b = torch.stack([b for b, _ in pairs], dim=2).flatten(1)
         return b, torch.cat([a for _, a in pairs])
+
+
+_OF_PARAMETERS = re.compile(r"\.base_layer$|(?:^|\.)experts(?:\.(?!\d)|$)")
+
+
+def told_by(module: str) -> bool:
+    """Whether a module's name alone tells that its factors are those of a parameter: PEFT wrapped
+    it again, or it is a model's ``experts`` and no list of layers.
+    """
+    return _OF_PARAMETERS.search(module) is not None
 
 
 @dataclass(frozen=True)

@@ -43,5 +43,9 @@ class Kind:
         """The file's tensors (B, A) of the pairs of one module, in the order of their places."""
         return pairs[0]
 
+    def magnitude(self, vector: Tensor) -> Tensor:
+        """DoRA's magnitudes [m] in the file's shape."""
+        return vector
+
 
 LINEAR = Kind()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fedlora_kernels.adapters import keys
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.keys import PREFIX
@@ -55,6 +56,26 @@ def written(vectors: Vectors, sides: str) -> dict[str, Tensor]:
     return tensors
 
 
+def parted(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """The vectors among tensors under PEFT's keys, and the other tensors."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    rest = {}
+    for key, tensor in tensors.items():
+        factor = keys.factor(key)
+        if factor is not None and factor.kind == "vera":
+            sides.setdefault(factor.module, {})[factor.side] = tensor
+        else:
+            rest[key] = tensor
+    return {module: (found["b"], found["d"]) for module, found in sides.items()}, rest
+
+
+def shared(vectors: Vectors) -> dict[str, tuple[Tensor, Tensor]]:
+    """What all clients have in common: lambda_d, beside a lambda_b of zeros."""
+    return {module: (torch.zeros_like(b), d) for module, (b, d) in vectors.items()}
+
+
 def pairs(vectors: Vectors, extras: Mapping[str, Tensor]) -> dict[str, Factors]:
     """Factors diag(lambda_b) B and diag(lambda_d) A; none where the projections were not saved.
 
@@ -80,10 +101,9 @@ def projections(adapter: Adapter) -> dict[str, Tensor]:
 def mean(clients: Sequence[Adapter], weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """The mean of lambda_d beside a lambda_b of zeros."""
     vectors = {}
-    for module, (lambda_b, lambda_d) in clients[0].vera.items():
+    for module, (zeros, lambda_d) in shared(clients[0].vera).items():
         stacked = torch.stack([client.vera[module][1].double() for client in clients])
-        mean_d = (weights.to(stacked) @ stacked).to(lambda_d.dtype)
-        vectors[module] = (torch.zeros_like(lambda_b), mean_d)
+        vectors[module] = (zeros, (weights.to(stacked) @ stacked).to(lambda_d.dtype))
     return vectors
 
 
