@@ -81,6 +81,9 @@ class Exchange:
         AdapterError: the file cannot be read, or is that of another rule.
     """
 
+    any_rank = True
+    """Whether a client whose config is known may send another rank than it was sent."""
+
     def __init__(
         self,
         rule: str | Rule | None,
@@ -113,7 +116,8 @@ class Exchange:
         self._carried: Any = None
         self._own: dict[Client, Adapter] = {}
         self._keys: dict[Client, list[str]] = {}
-        self._merged: list[Adapter] = []
+        self.merged: list[Adapter] = []
+        """the updates that clients merge into their base, of all rounds"""
         self._afresh = False
         """whether the last update lies in the base as a whole, so that clients start from B = 0"""
         self._has: dict[Client, int] = {}
@@ -136,13 +140,14 @@ class Exchange:
 
     def start(self, client: Client) -> Start:
         """What a client is sent, in the ranks, scalings and dtype in which it last sent its own."""
-        tensors = self._tensors(client)
+        tensors = self.tensors(client)
         self._started[client] = tensors
         first = self._has.get(client, 0)
-        updates = {place: self._merged[place] for place in range(first, len(self._merged))}
+        updates = {place: self.merged[place] for place in range(first, len(self.merged))}
         return Start(tensors, self.trains, updates)
 
-    def _tensors(self, client: Client) -> dict[str, Tensor]:
+    def tensors(self, client: Client) -> dict[str, Tensor]:
+        """What a client trains from: the result of the round before, as it fits the client."""
         own = self._own.get(client)
         if own is None or self._delivery is None:
             return self.arrays
@@ -188,7 +193,7 @@ class Exchange:
                 for each. The state is that before the round.
         """
         number = self.round + 1
-        adapters = self._usable()
+        adapters = self.usable()
         weights = {client: self._replies[client].weight for client in adapters}
         result = None
         while result is None:
@@ -212,8 +217,10 @@ class Exchange:
         self._go_on(result, adapters)
         return result
 
-    def _usable(self) -> dict[Client, Adapter]:
-        """The adapters of the replies that can be used, in the order of the clients."""
+    def usable(self) -> dict[Client, Adapter]:
+        """The adapters of the replies that can be used, in the order of the clients; the clients
+        of the other replies are lost.
+        """
         order = sorted(self._replies, key=lambda client: (isinstance(client, str), client))
         told = [client for client in order if self._replies[client].config is not None]
         common = _commonest([self._replies[client].tensors for client in order])
@@ -227,6 +234,7 @@ class Exchange:
                         "scalings are unknown"
                     )
                 adapters[client] = self._adapter(client, reply, common)
+                self._has[client] = len(self.merged)
             except AdapterError as error:
                 self.lose(client, str(error))
         return adapters
@@ -244,7 +252,7 @@ class Exchange:
         base = self._started.get(client) or own or self.arrays
         whole = {**own, **base} or dict(common)
         config = self._config if reply.config is None else _lora(reply.config)
-        free = config is not None and self.rule.heterogeneous
+        free = self.any_rank and config is not None and self.rule.heterogeneous
         tensors = dict(reply.tensors)
         if not tensors:
             raise AdapterError("it sends no tensors")
@@ -278,11 +286,9 @@ class Exchange:
         self._carried = restored_memory(saved_memory(result.carried))
         self._delivery = _reread(result.delivery)
         if self.rule.after == "merge":
-            for client in adapters:
-                self._has[client] = len(self._merged)
             rest = result.residual
             self._afresh = rest is None
-            self._merged.append(restored(saved(result.adapter if rest is None else rest)))
+            self.merged.append(restored(saved(result.adapter if rest is None else rest)))
         back = list(self._delivery.returned(self._delivery.adapter))
         templates = {_signature(own): own for own in self._own.values()}
         if not self._differs:
@@ -359,7 +365,7 @@ class Exchange:
                 client: [places[id(own)], self._keys[client], self._has.get(client, 0)]
                 for client, own in self._own.items()
             },
-            "merged": [saved(adapter) for adapter in self._merged],
+            "merged": [saved(adapter) for adapter in self.merged],
             "afresh": self._afresh,
         }
 
@@ -384,7 +390,7 @@ class Exchange:
         for client, (place, sent, has) in content["clients"].items():
             self._own[client], self._keys[client] = owners[place], sent
             self._has[client] = has
-        self._merged = [restored(adapter) for adapter in content["merged"]]
+        self.merged = [restored(adapter) for adapter in content["merged"]]
         self._afresh = content["afresh"]
 
     # ---- figures -------------------------------------------------------------------------------

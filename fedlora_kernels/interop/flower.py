@@ -29,6 +29,8 @@ from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Message,
+    MessageType,
+    Metadata,
     MetricRecord,
     RecordDict,
 )
@@ -116,7 +118,8 @@ class LoraStrategy(FedAvg):
         )
         self._before = 0
         """the rounds of the runs before, where this one goes on from a file"""
-        self._asked: list[int] = []
+        self._asked: list[Metadata] = []
+        """of the messages of this round's training"""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises TypeError: another strategy of Flower's is mixed in."""
@@ -189,9 +192,7 @@ class LoraStrategy(FedAvg):
     ) -> Iterable[Message]:
         """FedAvg's sampling; every node is sent the arrays in its own rank."""
         self.exchange.give(from_arrays(arrays))
-        messages = list(super().configure_train(server_round + self._before, arrays, config, grid))
-        self._asked = [message.metadata.dst_node_id for message in messages]
-        return messages
+        return super().configure_train(server_round + self._before, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -202,13 +203,16 @@ class LoraStrategy(FedAvg):
     def _construct_messages(
         self, record: RecordDict, node_ids: list[int], message_type: str
     ) -> Iterable[Message]:
-        return [
-            Message(self._content(record, node), message_type=message_type, dst_node_id=node)
+        messages = [
+            Message(self.content(record, node), message_type=message_type, dst_node_id=node)
             for node in node_ids
         ]
+        if message_type == MessageType.TRAIN:
+            self._asked = [message.metadata for message in messages]
+        return messages
 
-    def _content(self, record: RecordDict, node: int) -> RecordDict:
-        """What one node is sent."""
+    def content(self, record: RecordDict, node: int) -> RecordDict:
+        """What one node is sent, where FedAvg sends ``record`` to all."""
         start = self.exchange.start(node)
         known = start.tensors is self.exchange.arrays
         config = dict(record.config_records[self.configrecord_key])
@@ -233,25 +237,7 @@ class LoraStrategy(FedAvg):
             AggregationError: no client is left, or the rest cannot be aggregated.
         """
         exchange = self.exchange
-        exchange.begin()
-        valid, errors = self._check_and_log_replies(list(replies), is_train=True, validate=False)
-        contents: dict[int, RecordDict] = {}
-        for message in errors:
-            reason = " ".join(str(message.error.reason).split())
-            exchange.lose(message.metadata.src_node_id, f"its node reports: {reason}")
-        for message in valid:
-            node = message.metadata.src_node_id
-            try:
-                reply = read_reply(message.content, self.weighted_by_key)
-            except AdapterError as error:
-                exchange.lose(node, str(error))
-            else:
-                contents[node] = message.content
-                exchange.receive(node, reply)
-        for node in self._asked:
-            if node not in contents and node not in exchange.lost:
-                exchange.lose(node, "no reply within the time limit")
-        self._asked = []
+        contents = self.collect(replies)
         try:
             exchange.finish()
         except AdapterError as error:
@@ -264,6 +250,48 @@ class LoraStrategy(FedAvg):
         metrics.update(exchange.figures())
         metrics["lost-nodes"] = sorted(self.lost)
         return to_arrays(exchange.arrays), metrics
+
+    def collect(self, replies: Iterable[Message]) -> dict[int, RecordDict]:
+        """Give the exchange a round's replies; node -> content of those that can be read.
+
+        The nodes of all others are lost, and so are those that were asked and sent none.
+        """
+        exchange = self.exchange
+        exchange.begin()
+        asked = {sent.message_id: sent.dst_node_id for sent in self._asked}
+
+        def node_of(reply: Message) -> int:
+            """Where Flower answers for a node that is gone, the sender is Flower's own server."""
+            told = reply.metadata
+            return asked.get(told.reply_to_message_id, told.src_node_id)
+
+        valid, errors = self._check_and_log_replies(list(replies), is_train=True, validate=False)
+        contents: dict[int, RecordDict] = {}
+        for message in errors:
+            reason = " ".join(str(message.error.reason).split())
+            exchange.lose(node_of(message), f"its node reports: {reason}")
+        for message in valid:
+            node = node_of(message)
+            try:
+                reply = self.read(node, message.content)
+            except AdapterError as error:
+                exchange.lose(node, str(error))
+            else:
+                contents[node] = message.content
+                exchange.receive(node, reply)
+        for node in asked.values():
+            if node not in contents and node not in exchange.lost:
+                exchange.lose(node, "no reply within the time limit")
+        self._asked = []
+        return contents
+
+    def read(self, node: int, content: RecordDict) -> Reply:
+        """What the reply of a node says.
+
+        Raises:
+            AdapterError: as :func:`read_reply`; the node is lost.
+        """
+        return read_reply(content, self.weighted_by_key)
 
     def _metrics(self, contents: list[RecordDict]) -> MetricRecord:
         """The clients' own metrics, averaged; those that all of them have in one form."""
