@@ -11,13 +11,15 @@ for the next round, and the file from which a restarted server goes on.
 """
 
 import io
+import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from logging import Logger
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +38,13 @@ from fedlora_kernels.rules import Rule
 Client = int | str
 """A client as its framework knows it."""
 
+Name = TypeVar("Name", int, str)
+"""A client as one framework knows it."""
+
 FORMAT = 2
+
+CONFIG, MERGES = "adapter_config", "merges"
+"""What a client may say beside its tensors: its config, and whether it merges what it is sent."""
 
 
 @dataclass(frozen=True)
@@ -408,6 +416,71 @@ class Exchange:
             "bytes-down": sum(result.bytes_down),
             "clients": len(result.clients),
         }
+
+
+class RuleServer(Generic[Name]):
+    """What the server classes of the frameworks have in common: a rule, and who is lost.
+
+    Args:
+        rule: as for :class:`Exchange`.
+        rule_options: of a rule given by name.
+        lost_key: what the metrics call the clients that a round has lost.
+        log: where they are named.
+        **exchange: the other arguments of :class:`Exchange`.
+    """
+
+    def __init__(
+        self,
+        rule: str | Rule | None,
+        rule_options: Mapping[str, Any] | None,
+        *,
+        lost_key: str,
+        log: Logger,
+        **exchange: Any,
+    ) -> None:
+        self.exchange = Exchange(rule, rule_options, **exchange)
+        self._lost_key, self._log = lost_key, log
+
+    @property
+    def result(self) -> Aggregation | None:
+        """The last round's aggregation, with its report."""
+        return self.exchange.result
+
+    @property
+    def lost(self) -> dict[Name, str]:
+        """Client -> why it is not in the last round, of the clients that were asked and are not."""
+        return cast(dict[Name, str], dict(self.exchange.lost))
+
+    def finish(self) -> dict[str, Any]:
+        """Aggregate what the exchange received, log who is lost; the figures of the round.
+
+        Raises:
+            AdapterError: as :meth:`Exchange.finish`.
+        """
+        try:
+            self.exchange.finish()
+        finally:
+            for client, why in self.exchange.lost.items():
+                self._log.warning(f"{label_of(client)} is not in the round: {why}")
+        return {**self.exchange.figures(), self._lost_key: sorted(self.lost)}
+
+
+def read_config(said: object) -> Config | None:
+    """The config that a client sends: JSON, or what the JSON holds; None where it sends none.
+
+    Raises:
+        AdapterError: it is not JSON, or no JSON object.
+    """
+    if isinstance(said, str | bytes):
+        try:
+            said = json.loads(said)
+        except (ValueError, RecursionError) as error:
+            raise AdapterError(f"its {CONFIG} is not valid JSON: {error}") from None
+    elif said is None:
+        return None
+    if not isinstance(said, dict):
+        raise AdapterError(f"its {CONFIG} holds no JSON object")
+    return said
 
 
 def label_of(client: Client) -> str:

@@ -20,6 +20,7 @@ merges each N once.
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,9 @@ from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from torch import Tensor
 
-from fedlora_kernels._aggregation import Aggregation
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
-from fedlora_kernels.interop.exchange import Exchange, Reply
+from fedlora_kernels.interop.exchange import CONFIG, MERGES, Reply, RuleServer, read_config
 from fedlora_kernels.rules import Rule
 
 RAW = "raw.le"
@@ -54,11 +54,10 @@ DTYPES = {
 }
 """Of raw tensors."""
 
-CONFIG, MERGES = "adapter_config", "merges"
-"""What a client may say in a ConfigRecord of its reply."""
+LOG = getLogger("flwr")
 
 
-class LoraStrategy(FedAvg):
+class LoraStrategy(FedAvg, RuleServer[int]):
     """FedAvg with a rule in the place of the average.
 
     A client whose reply is missing, late, an error or not usable leaves the round with the rest: it
@@ -107,10 +106,13 @@ class LoraStrategy(FedAvg):
                     f"LoraStrategy has no argument {name!r}: it takes FedAvg's arguments by name; "
                     "server optimizers (FedAdam, FedAvgM, ...) step on entries, not on updates B A"
                 )
-        super().__init__(**fedavg)
-        self.exchange = Exchange(
+        FedAvg.__init__(self, **fedavg)
+        RuleServer.__init__(
+            self,
             rule,
             rule_options,
+            lost_key="lost-nodes",
+            log=LOG,
             adapter_config=adapter_config,
             same_base=same_base,
             device=device,
@@ -131,16 +133,6 @@ class LoraStrategy(FedAvg):
                     f"{cls.__name__} mixes LoraStrategy with {base.__name__}, which averages or "
                     "steps on entries of the factors; a rule aggregates updates B A"
                 )
-
-    @property
-    def result(self) -> Aggregation | None:
-        """The last round's aggregation, with its report."""
-        return self.exchange.result
-
-    @property
-    def lost(self) -> dict[int, str]:
-        """Node -> why it is not in the last round, of the nodes that were asked and are not."""
-        return {int(node): why for node, why in self.exchange.lost.items()}
 
     def start(
         self,
@@ -236,20 +228,14 @@ class LoraStrategy(FedAvg):
         Raises:
             AggregationError: no client is left, or the rest cannot be aggregated.
         """
-        exchange = self.exchange
         contents = self.collect(replies)
         try:
-            exchange.finish()
+            figures = self.finish()
         except AdapterError as error:
             raise AggregationError(str(error)) from error
-        finally:
-            for client, why in exchange.lost.items():
-                _warn(f"node {client} is not in the round: {why}")
-        taken = [contents[node] for node in sorted(contents) if node not in exchange.lost]
-        metrics = self._metrics(taken)
-        metrics.update(exchange.figures())
-        metrics["lost-nodes"] = sorted(self.lost)
-        return to_arrays(exchange.arrays), metrics
+        metrics = self._metrics([contents[node] for node in sorted(contents.keys() - self.lost)])
+        metrics.update(figures)
+        return to_arrays(self.exchange.arrays), metrics
 
     def collect(self, replies: Iterable[Message]) -> dict[int, RecordDict]:
         """Give the exchange a round's replies; node -> content of those that can be read.
@@ -315,7 +301,7 @@ class LoraStrategy(FedAvg):
 
     def summary(self) -> None:
         """Log the rule beside FedAvg's own settings."""
-        _log(f"\t├──> Rule: {self.exchange.rule!r}")
+        LOG.info(f"\t├──> Rule: {self.exchange.rule!r}")
         super().summary()
 
 
@@ -339,14 +325,7 @@ def read_reply(content: RecordDict, weighted_by_key: str = "num-examples") -> Re
     said: dict[str, Any] = {}
     for record in content.config_records.values():
         said |= {name: record[name] for name in (CONFIG, MERGES) if name in record}
-    config = None
-    if CONFIG in said:
-        try:
-            config = json.loads(said[CONFIG])
-        except (ValueError, TypeError, RecursionError) as error:
-            raise AdapterError(f"its {CONFIG} is not valid JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise AdapterError(f"its {CONFIG} holds no JSON object")
+    config = read_config(said.get(CONFIG))
     return Reply(from_arrays(records[0]), float(weight), config, said.get(MERGES) is True)
 
 
@@ -423,15 +402,3 @@ def read_adapter(records: RecordDict, name: str) -> Adapter:
     """
     config = json.loads(str(records.config_records[f"{name}.config"]["json"]))
     return Adapter.from_state_dict(from_arrays(records.array_records[name]), config)
-
-
-def _warn(line: str) -> None:
-    from logging import getLogger
-
-    getLogger("flwr").warning(line)
-
-
-def _log(line: str) -> None:
-    from logging import getLogger
-
-    getLogger("flwr").info(line)

@@ -37,18 +37,17 @@ from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor
 
-from fedlora_kernels._aggregation import Aggregation
 from fedlora_kernels.adapters import peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
-from fedlora_kernels.interop.exchange import Exchange, Reply, label_of
+from fedlora_kernels.interop.exchange import CONFIG, MERGES, Reply, RuleServer, read_config
 from fedlora_kernels.rules import Rule
 
-CONFIG, MERGES, TRAINS, MERGED = "adapter_config", "merges", "trains", "merged"
-"""What the meta of a result and of a model may say."""
+TRAINS, MERGED = "trains", "merged"
+"""What the meta of a model says: the factors to train, the updates to merge."""
 
 
-class LoraAggregator(ModelAggregator):  # type: ignore[misc]
+class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
     """FedAvg's place taken by a rule.
 
     A site whose result is missing or not usable leaves the round with the rest: it is named in the
@@ -95,11 +94,14 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         device: str | None = None,
         state: str | None = None,
     ) -> None:
-        super().__init__()
+        ModelAggregator.__init__(self)
         config = None if adapter_config is None else dict(peft_format.plain(adapter_config))
-        self.exchange = Exchange(
+        RuleServer.__init__(
+            self,
             rule,
             rule_options,
+            lost_key="lost-sites",
+            log=getLogger(__name__),
             adapter_config=config,
             same_base=same_base,
             device=device,
@@ -120,16 +122,6 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         self._asked: set[str] = set()
         self._results: dict[str, FLModel] = {}
         self._as_numpy = False
-
-    @property
-    def result(self) -> Aggregation | None:
-        """The last round's aggregation, with its report."""
-        return self.exchange.result
-
-    @property
-    def lost(self) -> dict[str, str]:
-        """Site -> why it is not in the last round, of the sites that were asked and are not."""
-        return {str(site): why for site, why in self.exchange.lost.items()}
 
     # ---- what sites are sent -------------------------------------------------------------------
 
@@ -206,11 +198,7 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
                     )
                 except AdapterError as error:
                     exchange.lose(site, str(error))
-        try:
-            exchange.finish()
-        finally:
-            for client, why in exchange.lost.items():
-                getLogger(__name__).warning(f"{label_of(client)} is not in the round: {why}")
+        figures = self.finish()
         for key, shape in self._shapes.items():
             if exchange.arrays[key].shape != shape:
                 raise AdapterError(
@@ -218,11 +206,11 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
                     f"{list(exchange.arrays[key].shape)}: give the recipe a model of that rank"
                 )
         taken = {s: model for s, model in self._results.items() if s not in exchange.lost}
-        metrics = self._metrics(taken, weighs) | exchange.figures()
-        metrics["lost-sites"] = sorted(self.lost)
         self._results = {}
         return FLModel(
-            params_type=ParamsType.FULL, params=self._given(exchange.arrays), metrics=metrics
+            params_type=ParamsType.FULL,
+            params=self._given(exchange.arrays),
+            metrics=self._metrics(taken, weighs) | figures,
         )
 
     def _metrics(self, taken: Mapping[str, FLModel], weighs: bool) -> dict[str, Any]:
@@ -259,14 +247,7 @@ def read_result(model: FLModel, weighted_by_key: str | None) -> Reply:
     weight = 1.0 if weighted_by_key is None else model.meta.get(weighted_by_key)
     if not _is_number(weight):
         raise AdapterError(f"its meta has no number {weighted_by_key!r}, found {weight!r}")
-    config = model.meta.get(CONFIG)
-    if isinstance(config, str):
-        try:
-            config = json.loads(config)
-        except (ValueError, RecursionError) as error:
-            raise AdapterError(f"its {CONFIG} is not valid JSON: {error}") from None
-    if not (config is None or isinstance(config, dict)):
-        raise AdapterError(f"its {CONFIG} holds no JSON object")
+    config = read_config(model.meta.get(CONFIG))
     merges = model.meta.get(MERGES) is True
     return Reply(_tensors(model.params or {}), float(weight), config, merges)
 

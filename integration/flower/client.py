@@ -40,7 +40,8 @@ def who(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train from the adapter in the message; answer with the update and its figures."""
-    from fedlora_kernels.interop.flower import CONFIG, MERGES, from_arrays, to_arrays
+    from fedlora_kernels.interop.exchange import CONFIG, MERGES
+    from fedlora_kernels.interop.flower import from_arrays, to_arrays
     from integration.model.serialize import deserialize
 
     round_: dict[str, Any] = dict(message.content.config_records["config"])

@@ -18,8 +18,8 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 import fedlora_kernels as flk
-from fedlora_kernels.interop.exchange import Client, Exchange, Reply
-from fedlora_kernels.interop.flower import CONFIG, LoraStrategy
+from fedlora_kernels.interop.exchange import CONFIG, Client, Exchange, Reply
+from fedlora_kernels.interop.flower import LoraStrategy
 from integration.model.serialize import reread, serialize
 from integration.rounds.client import Update
 from integration.rounds.federation import Federation
