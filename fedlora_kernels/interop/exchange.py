@@ -10,7 +10,6 @@ for the next round, and the file from which a restarted server goes on.
     result = exchange.finish()                the round's Aggregation
 """
 
-import io
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from fedlora_kernels.adapters import keys, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.peft_format import Config, label
+from fedlora_kernels.adapters.scratch import mapped_tensors
 from fedlora_kernels.rules import Rule
 
 Client = int | str
@@ -82,9 +82,12 @@ class Exchange:
         same_base: whether the clients have one base model whatever their configs call it.
         device: where the work is done.
         state: the file to go on from, written after every round; None keeps nothing.
+        memory_limit: as for :class:`fedlora_kernels.Round`. What clients send is then put into
+            unnamed files when it is received, and mapped.
+        scratch: folder for those files; the system's temporary folder when None.
 
     Raises:
-        ValueError: the rule is unknown, or an option is out of range.
+        ValueError: the rule is unknown, an option is out of range, or memory_limit is under 1.
         TypeError: the rule has no such option; or rule is neither a name nor a rule.
         AdapterError: the file cannot be read, or is that of another rule.
     """
@@ -101,7 +104,11 @@ class Exchange:
         same_base: bool = False,
         device: torch.device | str | None = None,
         state: str | Path | None = None,
+        memory_limit: int | None = None,
+        scratch: str | Path | None = None,
     ) -> None:
+        if memory_limit is not None and memory_limit < 1:
+            raise ValueError(f"memory_limit must be at least 1 byte, found {memory_limit}")
         if rule is None:
             rule = rules.preferred()
         if not isinstance(rule, (str, Rule)):
@@ -117,6 +124,7 @@ class Exchange:
         """what a client starts from of which nothing is known"""
         self._config = None if adapter_config is None else _lora(peft_format.plain(adapter_config))
         self._same_base, self._device = same_base, device
+        self._memory_limit, self._scratch = memory_limit, scratch
         self._replies: dict[Client, Reply] = {}
         self._started: dict[Client, dict[str, Tensor]] = {}
         self._ready: dict[int, dict[str, Tensor]] = {}
@@ -183,6 +191,12 @@ class Exchange:
             return
         self._replies[client] = reply
 
+    def put_aside(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What a client sends: in a file and mapped where memory is limited, else as it is."""
+        if self._memory_limit is None or not tensors:
+            return tensors
+        return mapped_tensors(tensors, self._scratch)
+
     def lose(self, client: Client, why: str) -> None:
         """Leave a client out of the round."""
         self._replies.pop(client, None)
@@ -214,6 +228,8 @@ class Exchange:
                     weights=[weights[client] for client in adapters],
                     device=self._device,
                     same_base=self._same_base,
+                    memory_limit=self._memory_limit,
+                    scratch=self._scratch,
                 )
                 result = round_.aggregate(self.rule, carried=self._carried)
             except AdapterError as error:
@@ -590,12 +606,10 @@ def _reread(delivery: Delivery) -> Delivery:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """In one step: a crash leaves the old file or the new one."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f".{path.name}.{os.getpid()}")
     with made.open("wb") as file:
-        file.write(buffer.getvalue())
+        torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     made.replace(path)

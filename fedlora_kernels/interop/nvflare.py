@@ -22,6 +22,7 @@ beside it, which :func:`updates` reads: the site merges each place once.
 import json
 import math
 from collections.abc import Mapping
+from copy import copy
 from logging import getLogger
 from threading import Lock
 from typing import Any
@@ -73,9 +74,14 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
         device: where the server aggregates.
         state: a file of the server, written after every round, from which a job that is submitted
             again goes on.
+        memory_limit: bytes of memory for the matrices and results of the modules that are worked on
+            together. Every site's result is then written to an unnamed file when it arrives, and
+            mapped, so that memory does not grow with the sites. The aggregate has the same bits
+            with every limit. No limit when None.
+        scratch: folder of the server for those files; the system's temporary folder when None.
 
     Raises:
-        ValueError: the rule is unknown, or an option is out of range.
+        ValueError: the rule is unknown, an option is out of range, or memory_limit is under 1.
         TypeError: the rule has no such option.
         AdapterError: the state cannot be read, or is that of another rule.
     """
@@ -93,6 +99,8 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
         weighted_by_key: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
         device: str | None = None,
         state: str | None = None,
+        memory_limit: int | None = None,
+        scratch: str | None = None,
     ) -> None:
         ModelAggregator.__init__(self)
         config = None if adapter_config is None else dict(peft_format.plain(adapter_config))
@@ -106,6 +114,8 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
             same_base=same_base,
             device=device,
             state=state,
+            memory_limit=memory_limit,
+            scratch=scratch,
         )
         # NVFlare writes a job's arguments as JSON, from attributes of their names.
         made = self.exchange.rule
@@ -117,6 +127,7 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
         }
         self.adapter_config, self.same_base = config, same_base
         self.weighted_by_key, self.device, self.state = weighted_by_key, device, state
+        self.memory_limit, self.scratch = memory_limit, scratch
         self._lock = Lock()  # sites fetch their models from several threads
         self._shapes: dict[str, torch.Size] = {}
         self._asked: set[str] = set()
@@ -167,12 +178,18 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
     # ---- what sites send back ------------------------------------------------------------------
 
     def accept_model(self, model: FLModel) -> None:
-        """A site's result; it is looked at in :meth:`aggregate_model`."""
+        """A site's result, put aside where memory is limited; :meth:`aggregate_model` looks at it."""
         site = str(model.meta.get("client_name", AppConstants.CLIENT_UNKNOWN))
+        kept = copy(model)
         with self._lock:
             if site in self._results:
                 self.exchange.lose(site, "it replied twice")
-            self._results[site] = model
+            try:
+                kept.params = self.exchange.put_aside(_tensors(model.params or {}))
+            except AdapterError as error:
+                kept.params = None
+                self.exchange.lose(site, str(error))
+            self._results[site] = kept
 
     def reset_stats(self) -> None:
         """A new round."""
