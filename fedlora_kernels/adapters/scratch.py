@@ -47,7 +47,8 @@ def mapped_tensors(tensors: Mapping[str, Tensor], folder: str | Path | None) -> 
     }
     with TemporaryDirectory(prefix=".fedlora-", dir=folder) as made:
         save_file(copies, Path(made) / "tensors.safetensors")
-        return load_file(Path(made) / "tensors.safetensors")
+        found: dict[str, Tensor] = load_file(Path(made) / "tensors.safetensors")
+    return found
 
 
 def _trimmed() -> None:

@@ -178,7 +178,7 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
     # ---- what sites send back ------------------------------------------------------------------
 
     def accept_model(self, model: FLModel) -> None:
-        """A site's result, put aside where memory is limited; :meth:`aggregate_model` looks at it."""
+        """A site's result, put aside where memory is limited; it is looked at at the end."""
         site = str(model.meta.get("client_name", AppConstants.CLIENT_UNKNOWN))
         kept = copy(model)
         with self._lock:

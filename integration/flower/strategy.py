@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -113,14 +114,14 @@ class ComparisonStrategy(LoraStrategy):
         contents = self.collect(replies)
         updates = []
         for node, adapter in self.exchange.usable().items():
-            figures = {str(k): float(x) for k, x in contents[int(node)]["metrics"].items()}
+            figures: dict[str, Any] = dict(contents[int(node)].metric_records["metrics"])
             updates.append(
                 Update(
                     client=self.exchange.clients[int(node)],
                     adapter=reread(adapter, self._device),
                     examples=int(figures[self.weighted_by_key]),
-                    loss=figures["loss"],
-                    seconds=figures["seconds"],
+                    loss=float(figures["loss"]),
+                    seconds=float(figures["seconds"]),
                     trains=self.exchange.trains,
                 )
             )

@@ -81,7 +81,10 @@ def federation():
         (lambda _: None, "no reply within the time limit"),
         (raised, r"its node reports: out of memory"),
         (changed(client=2), r"its reply is that of client 2.0"),
-        (changed(**{"num-examples": 0}), r"examples must be a whole number of 1 or more, found 0.0"),
+        (
+            changed(**{"num-examples": 0}),
+            r"examples must be a whole number of 1 or more, found 0.0",
+        ),
         (changed(**{"num-examples": 1.5}), r"examples must be .* found 1.5"),
         (changed(loss=math.nan), r"loss and seconds must be finite, found None and "),
         (changed(seconds=-1.0), r"loss and seconds must be finite, found .* and -1.0"),

@@ -261,25 +261,28 @@ def test_the_model_must_have_the_rank_of_a_site():
 def test_a_limit_changes_no_bit(rule, tmp_path):
     """Of what every site and the server get, in three rounds of sites that start from their own."""
     found = flk.rules.find(rule)
-    round_ = draw(
-        common_a=found.trains != "both", **(UNEQUAL if found.heterogeneous else {"alphas": (8,) * 3})
-    )
+    shapes = UNEQUAL if found.heterogeneous else {"alphas": (8, 8, 8)}
+    round_ = draw(common_a=found.trains != "both", **shapes)
 
     def halfway(k, received, number):
         result = answers(round_)(k, received, number)
         result.meta["merges"] = True
         for key, x in result.params.items():
             sent = received.params[key]
-            if x.shape == sent.shape and not torch.equal(x, sent):
+            if received.meta["trains"] == "b" and "lora_A" in key:
+                result.params[key] = sent
+            elif x.shape == sent.shape:
                 result.params[key] = (x + sent) / 2
         return result
 
     initial = round_.adapters[2].state_dict()
-    free, limited = LoraAggregator(rule), LoraAggregator(rule, memory_limit=1, scratch=str(tmp_path))
+    free = LoraAggregator(rule)
+    limited = LoraAggregator(rule, memory_limit=1, scratch=str(tmp_path))
     (given, model), (same, other) = (run(made, halfway, initial, 3) for made in (free, limited))
     assert not free.lost
     assert_same(other.params, model.params)
-    assert other.metrics == model.metrics
+    for name, figure in model.metrics.items():
+        assert other.metrics[name] == (figure if name == "lost-sites" else pytest.approx(figure))
     for one, two in zip(given, same, strict=True):
         for site in SITES:
             assert_same(two[site].params, one[site].params)
@@ -297,7 +300,8 @@ def adapter(modules):
     }
 
 def round_of(sites, modules):
-    made = LoraAggregator(sys.argv[1], memory_limit=1 << 20)
+    options = {"max_rank": 4} if sys.argv[1] == "florist" else {}
+    made = LoraAggregator(sys.argv[1], options, memory_limit=1 << 20)
     made.reset_stats()
     initial = adapter(modules)
     for k in range(sites):
