@@ -63,7 +63,7 @@ test-backends: env
 FLWR ?=
 FLOWER := build/flower
 test-flower: env
-	$(PYTHON) -m venv --clear $(FLOWER)
+	$(BIN)/python -m venv --clear $(FLOWER)
 	$(FLOWER)/bin/python -c 'import sys, sysconfig; \
 		open(sysconfig.get_path("purelib") + "/beneath.pth", "w").write( \
 		f"import site; site.addsitedir(\"{sys.argv[1]}\")\n")' \
