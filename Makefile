@@ -19,7 +19,7 @@ BY_TEST := --dist worksteal
 CONFIGURE := $(BIN)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 EMULATED := build/emulated
 
-.PHONY: env run models test test-backends test-slow test-cpp check format bench docs clean
+.PHONY: env run models test test-backends test-flower test-slow test-cpp check format bench docs clean
 
 env: $(STAMP)
 
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/CMakeLis
 	@touch $@
 
 # Waiting threads must not spin: on two shared cores that costs more than the work.
-run test test-backends test-cpp: export OMP_WAIT_POLICY := PASSIVE
+run test test-backends test-flower test-cpp: export OMP_WAIT_POLICY := PASSIVE
 
 run: env
 	$(BIN)/python -m integration compare --preset quickstart --out runs/quickstart
@@ -57,6 +57,22 @@ test-backends: env
 	$(BIN)/cmake --build --preset emulated --target fedlora_cuda_emulated
 	FEDLORA_BACKEND=cuda-emulated FEDLORA_LIBRARIES=$(EMULATED)/csrc/bindings \
 		$(PYTEST) $(BY_TEST) $(OPERATOR_TESTS)
+
+# Flower's tests on another of its versions, the newest by default (FLWR='==1.41.*' for one of your
+# choice). Its environment holds Flower and what that version alone requires; the rest is .venv's.
+FLWR ?=
+FLOWER := build/flower
+test-flower: env
+	$(BIN)/python -m venv --clear $(FLOWER)
+	$(FLOWER)/bin/python -c 'import sys, sysconfig; \
+		open(sysconfig.get_path("purelib") + "/beneath.pth", "w").write( \
+		f"import site; site.addsitedir(\"{sys.argv[1]}\")\n")' \
+		$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	$(FLOWER)/bin/python -m pip install -q --upgrade 'flwr[simulation]$(FLWR)'
+	$(FLOWER)/bin/python -c 'from importlib.metadata import version; print("flwr", version("flwr"))'
+	OMP_NUM_THREADS=1 $(FLOWER)/bin/python -m pytest -n $(PROCESSES) $(BY_FILE) -m 'not slow' \
+		python_tests/interop/test_flower.py $(wildcard python_tests/harness/test_flower*.py) \
+		python_tests/interop/test_examples.py -k flower
 
 test-slow: env
 	$(PYTEST) $(BY_FILE) -m slow

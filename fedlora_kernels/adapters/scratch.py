@@ -1,4 +1,4 @@
-"""Scratch: factors that are written to a file as they are made, and mapped from there.
+"""Scratch: tensors that are written to a file as they come or are made, and mapped from there.
 
 The file has no name any more when this returns: the system frees it with the last mapping, whatever
 happens to the process.
@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fedlora_kernels.adapters.factors import Factors
 
@@ -23,19 +24,31 @@ def mapped(factors: Mapping[str, Factors], folder: str | Path | None) -> dict[st
         factors: by module.
         folder: on the disk that holds the file; the system's temporary folder when None.
     """
-    tensors = {  # copies: safetensors refuses what shares memory
-        f"{side} {module}": factor.cpu().clone(memory_format=torch.contiguous_format)
-        for module, pair in factors.items()
-        for side, factor in (("B", pair.b), ("A", pair.a))
-    }
-    with TemporaryDirectory(prefix=".fedlora-", dir=folder) as made:
-        save_file(tensors, Path(made) / "factors.safetensors")
-        tensors = load_file(Path(made) / "factors.safetensors")
+    tensors = mapped_tensors(
+        {
+            f"{side} {module}": factor
+            for module, pair in factors.items()
+            for side, factor in (("B", pair.b), ("A", pair.a))
+        },
+        folder,
+    )
     _trimmed()
     return {
         module: replace(pair, b=tensors[f"B {module}"], a=tensors[f"A {module}"])
         for module, pair in factors.items()
     }
+
+
+def mapped_tensors(tensors: Mapping[str, Tensor], folder: str | Path | None) -> dict[str, Tensor]:
+    """The same tensors on the CPU, contiguous, in no anonymous memory."""
+    copies = {  # safetensors refuses what shares memory
+        name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    with TemporaryDirectory(prefix=".fedlora-", dir=folder) as made:
+        save_file(copies, Path(made) / "tensors.safetensors")
+        found: dict[str, Tensor] = load_file(Path(made) / "tensors.safetensors")
+    return found
 
 
 def _trimmed() -> None:

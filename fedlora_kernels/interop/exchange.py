@@ -10,14 +10,15 @@ for the next round, and the file from which a restarted server goes on.
     result = exchange.finish()                the round's Aggregation
 """
 
-import io
+import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from logging import Logger
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,12 +33,19 @@ from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.kinds import experts
 from fedlora_kernels.adapters.peft_format import Config, label
+from fedlora_kernels.adapters.scratch import mapped_tensors
 from fedlora_kernels.rules import Rule
 
 Client = int | str
 """A client as its framework knows it."""
 
+Name = TypeVar("Name", int, str)
+"""A client as one framework knows it."""
+
 FORMAT = 2
+
+CONFIG, MERGES = "adapter_config", "merges"
+"""What a client may say beside its tensors: its config, and whether it merges what it is sent."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,18 @@ class Exchange:
         device: where the work is done.
         magnitudes: "average" admits DoRA, see :class:`Round`; None refuses it.
         state: the file to go on from, written after every round; None keeps nothing.
+        memory_limit: as for :class:`fedlora_kernels.Round`. What clients send is then put into
+            unnamed files when it is received, and mapped.
+        scratch: folder for those files; the system's temporary folder when None.
 
     Raises:
-        ValueError: the rule is unknown, or an option is out of range.
+        ValueError: the rule is unknown, an option is out of range, or memory_limit is under 1.
         TypeError: the rule has no such option; or rule is neither a name nor a rule.
         AdapterError: the file cannot be read, or is that of another rule.
     """
+
+    any_rank = True
+    """Whether a client whose config is known may send another rank than it was sent."""
 
     def __init__(
         self,
@@ -93,7 +107,11 @@ class Exchange:
         device: torch.device | str | None = None,
         magnitudes: str | None = None,
         state: str | Path | None = None,
+        memory_limit: int | None = None,
+        scratch: str | Path | None = None,
     ) -> None:
+        if memory_limit is not None and memory_limit < 1:
+            raise ValueError(f"memory_limit must be at least 1 byte, found {memory_limit}")
         if rule is None:
             rule = rules.preferred()
         if not isinstance(rule, (str, Rule)):
@@ -108,10 +126,13 @@ class Exchange:
         self.arrays: dict[str, Tensor] = {}
         """what a client starts from of which nothing is known"""
         self._config = None if adapter_config is None else _lora(peft_format.plain(adapter_config))
+        self._memory_limit, self._scratch = memory_limit, scratch
         self._round_settings: dict[str, Any] = {
             "same_base": same_base,
             "device": device,
             "magnitudes": magnitudes,
+            "memory_limit": memory_limit,
+            "scratch": scratch,
         }
         self._replies: dict[Client, Reply] = {}
         self._started: dict[Client, dict[str, Tensor]] = {}
@@ -120,7 +141,8 @@ class Exchange:
         self._carried: Any = None
         self._own: dict[Client, Adapter] = {}
         self._keys: dict[Client, list[str]] = {}
-        self._merged: list[Adapter] = []
+        self.merged: list[Adapter] = []
+        """the updates that clients merge into their base, of all rounds"""
         self._afresh = False
         """whether the last update lies in the base as a whole, so that clients start from B = 0"""
         self._has: dict[Client, int] = {}
@@ -143,13 +165,14 @@ class Exchange:
 
     def start(self, client: Client) -> Start:
         """What a client is sent, in the ranks, scalings and dtype in which it last sent its own."""
-        tensors = self._tensors(client)
+        tensors = self.tensors(client)
         self._started[client] = tensors
         first = self._has.get(client, 0)
-        updates = {place: self._merged[place] for place in range(first, len(self._merged))}
+        updates = {place: self.merged[place] for place in range(first, len(self.merged))}
         return Start(tensors, self.trains, updates)
 
-    def _tensors(self, client: Client) -> dict[str, Tensor]:
+    def tensors(self, client: Client) -> dict[str, Tensor]:
+        """What a client trains from: the result of the round before, as it fits the client."""
         own = self._own.get(client)
         if own is None or self._delivery is None:
             return self.arrays
@@ -177,6 +200,12 @@ class Exchange:
             return
         self._replies[client] = reply
 
+    def put_aside(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What a client sends: in a file and mapped where memory is limited, else as it is."""
+        if self._memory_limit is None or not tensors:
+            return tensors
+        return mapped_tensors(tensors, self._scratch)
+
     def lose(self, client: Client, why: str) -> None:
         """Leave a client out of the round."""
         self._replies.pop(client, None)
@@ -195,7 +224,7 @@ class Exchange:
                 for each. The state is that before the round.
         """
         number = self.round + 1
-        adapters = self._usable()
+        adapters = self.usable()
         weights = {client: self._replies[client].weight for client in adapters}
         result = None
         while result is None:
@@ -218,8 +247,10 @@ class Exchange:
         self._go_on(result, adapters)
         return result
 
-    def _usable(self) -> dict[Client, Adapter]:
-        """The adapters of the replies that can be used, in the order of the clients."""
+    def usable(self) -> dict[Client, Adapter]:
+        """The adapters of the replies that can be used, in the order of the clients; the clients
+        of the other replies are lost.
+        """
         order = sorted(self._replies, key=lambda client: (isinstance(client, str), client))
         told = [client for client in order if self._replies[client].config is not None]
         common = _commonest([self._replies[client].tensors for client in order])
@@ -233,6 +264,7 @@ class Exchange:
                         "scalings are unknown"
                     )
                 adapters[client] = self._adapter(client, reply, common)
+                self._has[client] = len(self.merged)
             except AdapterError as error:
                 self.lose(client, str(error))
         return adapters
@@ -250,7 +282,7 @@ class Exchange:
         base = self._started.get(client) or own or self.arrays
         whole = {**own, **base} or dict(common)
         config = self._config if reply.config is None else _lora(reply.config)
-        free = config is not None and self.rule.heterogeneous
+        free = self.any_rank and config is not None and self.rule.heterogeneous
         tensors = dict(reply.tensors)
         if not tensors:
             raise AdapterError("it sends no tensors")
@@ -284,11 +316,9 @@ class Exchange:
         self._carried = restored_memory(saved_memory(result.carried))
         self._delivery = _reread(result.delivery)
         if self.rule.after == "merge":
-            for client in adapters:
-                self._has[client] = len(self._merged)
             rest = result.residual
             self._afresh = rest is None
-            self._merged.append(restored(saved(result.adapter if rest is None else rest)))
+            self.merged.append(restored(saved(result.adapter if rest is None else rest)))
         back = list(self._delivery.returned(self._delivery.adapter))
         templates = {_signature(own): own for own in self._own.values()}
         if not self._differs:
@@ -365,7 +395,7 @@ class Exchange:
                 client: [places[id(own)], self._keys[client], self._has.get(client, 0)]
                 for client, own in self._own.items()
             },
-            "merged": [saved(adapter) for adapter in self._merged],
+            "merged": [saved(adapter) for adapter in self.merged],
             "afresh": self._afresh,
         }
 
@@ -390,7 +420,7 @@ class Exchange:
         for client, (place, sent, has) in content["clients"].items():
             self._own[client], self._keys[client] = owners[place], sent
             self._has[client] = has
-        self._merged = [restored(adapter) for adapter in content["merged"]]
+        self.merged = [restored(adapter) for adapter in content["merged"]]
         self._afresh = content["afresh"]
 
     # ---- figures -------------------------------------------------------------------------------
@@ -408,6 +438,71 @@ class Exchange:
             "bytes-down": sum(result.bytes_down),
             "clients": len(result.clients),
         }
+
+
+class RuleServer(Generic[Name]):
+    """What the server classes of the frameworks have in common: a rule, and who is lost.
+
+    Args:
+        rule: as for :class:`Exchange`.
+        rule_options: of a rule given by name.
+        lost_key: what the metrics call the clients that a round has lost.
+        log: where they are named.
+        **exchange: the other arguments of :class:`Exchange`.
+    """
+
+    def __init__(
+        self,
+        rule: str | Rule | None,
+        rule_options: Mapping[str, Any] | None,
+        *,
+        lost_key: str,
+        log: Logger,
+        **exchange: Any,
+    ) -> None:
+        self.exchange = Exchange(rule, rule_options, **exchange)
+        self._lost_key, self._log = lost_key, log
+
+    @property
+    def result(self) -> Aggregation | None:
+        """The last round's aggregation, with its report."""
+        return self.exchange.result
+
+    @property
+    def lost(self) -> dict[Name, str]:
+        """Client -> why it is not in the last round, of the clients that were asked and are not."""
+        return cast(dict[Name, str], dict(self.exchange.lost))
+
+    def finish(self) -> dict[str, Any]:
+        """Aggregate what the exchange received, log who is lost; the figures of the round.
+
+        Raises:
+            AdapterError: as :meth:`Exchange.finish`.
+        """
+        try:
+            self.exchange.finish()
+        finally:
+            for client, why in self.exchange.lost.items():
+                self._log.warning(f"{label_of(client)} is not in the round: {why}")
+        return {**self.exchange.figures(), self._lost_key: sorted(self.lost)}
+
+
+def read_config(said: object) -> Config | None:
+    """The config that a client sends: JSON, or what the JSON holds; None where it sends none.
+
+    Raises:
+        AdapterError: it is not JSON, or no JSON object.
+    """
+    if isinstance(said, str | bytes):
+        try:
+            said = json.loads(said)
+        except (ValueError, RecursionError) as error:
+            raise AdapterError(f"its {CONFIG} is not valid JSON: {error}") from None
+    elif said is None:
+        return None
+    if not isinstance(said, dict):
+        raise AdapterError(f"its {CONFIG} holds no JSON object")
+    return said
 
 
 def label_of(client: Client) -> str:
@@ -523,12 +618,10 @@ def _reread(delivery: Delivery) -> Delivery:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """In one step: a crash leaves the old file or the new one."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f".{path.name}.{os.getpid()}")
     with made.open("wb") as file:
-        file.write(buffer.getvalue())
+        torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     made.replace(path)

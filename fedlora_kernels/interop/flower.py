@@ -20,6 +20,7 @@ merges each N once.
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Message,
+    MessageType,
+    Metadata,
     MetricRecord,
     RecordDict,
 )
@@ -37,10 +40,9 @@ from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from torch import Tensor
 
-from fedlora_kernels._aggregation import Aggregation
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
-from fedlora_kernels.interop.exchange import Exchange, Reply
+from fedlora_kernels.interop.exchange import CONFIG, MERGES, Reply, RuleServer, read_config
 from fedlora_kernels.rules import Rule
 
 RAW = "raw.le"
@@ -52,11 +54,10 @@ DTYPES = {
 }
 """Of raw tensors."""
 
-CONFIG, MERGES = "adapter_config", "merges"
-"""What a client may say in a ConfigRecord of its reply."""
+LOG = getLogger("flwr")
 
 
-class LoraStrategy(FedAvg):
+class LoraStrategy(FedAvg, RuleServer[int]):
     """FedAvg with a rule in the place of the average.
 
     A client whose reply is missing, late, an error or not usable leaves the round with the rest: it
@@ -107,10 +108,13 @@ class LoraStrategy(FedAvg):
                     f"LoraStrategy has no argument {name!r}: it takes FedAvg's arguments by name; "
                     "server optimizers (FedAdam, FedAvgM, ...) step on entries, not on updates B A"
                 )
-        super().__init__(**fedavg)
-        self.exchange = Exchange(
+        FedAvg.__init__(self, **fedavg)
+        RuleServer.__init__(
+            self,
             rule,
             rule_options,
+            lost_key="lost-nodes",
+            log=LOG,
             adapter_config=adapter_config,
             same_base=same_base,
             device=device,
@@ -119,7 +123,8 @@ class LoraStrategy(FedAvg):
         )
         self._before = 0
         """the rounds of the runs before, where this one goes on from a file"""
-        self._asked: list[int] = []
+        self._asked: list[Metadata] = []
+        """of the messages of this round's training"""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises TypeError: another strategy of Flower's is mixed in."""
@@ -131,16 +136,6 @@ class LoraStrategy(FedAvg):
                     f"{cls.__name__} mixes LoraStrategy with {base.__name__}, which averages or "
                     "steps on entries of the factors; a rule aggregates updates B A"
                 )
-
-    @property
-    def result(self) -> Aggregation | None:
-        """The last round's aggregation, with its report."""
-        return self.exchange.result
-
-    @property
-    def lost(self) -> dict[int, str]:
-        """Node -> why it is not in the last round, of the nodes that were asked and are not."""
-        return {int(node): why for node, why in self.exchange.lost.items()}
 
     def start(
         self,
@@ -192,9 +187,7 @@ class LoraStrategy(FedAvg):
     ) -> Iterable[Message]:
         """FedAvg's sampling; every node is sent the arrays in its own rank."""
         self.exchange.give(from_arrays(arrays))
-        messages = list(super().configure_train(server_round + self._before, arrays, config, grid))
-        self._asked = [message.metadata.dst_node_id for message in messages]
-        return messages
+        return super().configure_train(server_round + self._before, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -205,13 +198,16 @@ class LoraStrategy(FedAvg):
     def _construct_messages(
         self, record: RecordDict, node_ids: list[int], message_type: str
     ) -> Iterable[Message]:
-        return [
-            Message(self._content(record, node), message_type=message_type, dst_node_id=node)
+        messages = [
+            Message(self.content(record, node), message_type=message_type, dst_node_id=node)
             for node in node_ids
         ]
+        if message_type == MessageType.TRAIN:
+            self._asked = [message.metadata for message in messages]
+        return messages
 
-    def _content(self, record: RecordDict, node: int) -> RecordDict:
-        """What one node is sent."""
+    def content(self, record: RecordDict, node: int) -> RecordDict:
+        """What one node is sent, where FedAvg sends ``record`` to all."""
         start = self.exchange.start(node)
         known = start.tensors is self.exchange.arrays
         config = dict(record.config_records[self.configrecord_key])
@@ -235,38 +231,56 @@ class LoraStrategy(FedAvg):
         Raises:
             AggregationError: no client is left, or the rest cannot be aggregated.
         """
+        contents = self.collect(replies)
+        try:
+            figures = self.finish()
+        except AdapterError as error:
+            raise AggregationError(str(error)) from error
+        metrics = self._metrics([contents[node] for node in sorted(contents.keys() - self.lost)])
+        metrics.update(figures)
+        return to_arrays(self.exchange.arrays), metrics
+
+    def collect(self, replies: Iterable[Message]) -> dict[int, RecordDict]:
+        """Give the exchange a round's replies; node -> content of those that can be read.
+
+        The nodes of all others are lost, and so are those that were asked and sent none.
+        """
         exchange = self.exchange
         exchange.begin()
+        asked = {sent.message_id: sent.dst_node_id for sent in self._asked}
+
+        def node_of(reply: Message) -> int:
+            """Where Flower answers for a node that is gone, the sender is Flower's own server."""
+            told = reply.metadata
+            return asked.get(told.reply_to_message_id, told.src_node_id)
+
         valid, errors = self._check_and_log_replies(list(replies), is_train=True, validate=False)
         contents: dict[int, RecordDict] = {}
         for message in errors:
             reason = " ".join(str(message.error.reason).split())
-            exchange.lose(message.metadata.src_node_id, f"its node reports: {reason}")
+            exchange.lose(node_of(message), f"its node reports: {reason}")
         for message in valid:
-            node = message.metadata.src_node_id
+            node = node_of(message)
             try:
-                reply = read_reply(message.content, self.weighted_by_key)
+                reply = self.read(node, message.content)
             except AdapterError as error:
                 exchange.lose(node, str(error))
             else:
                 contents[node] = message.content
                 exchange.receive(node, reply)
-        for node in self._asked:
+        for node in asked.values():
             if node not in contents and node not in exchange.lost:
                 exchange.lose(node, "no reply within the time limit")
         self._asked = []
-        try:
-            exchange.finish()
-        except AdapterError as error:
-            raise AggregationError(str(error)) from error
-        finally:
-            for client, why in exchange.lost.items():
-                _warn(f"node {client} is not in the round: {why}")
-        taken = [contents[node] for node in sorted(contents) if node not in exchange.lost]
-        metrics = self._metrics(taken)
-        metrics.update(exchange.figures())
-        metrics["lost-nodes"] = sorted(self.lost)
-        return to_arrays(exchange.arrays), metrics
+        return contents
+
+    def read(self, node: int, content: RecordDict) -> Reply:
+        """What the reply of a node says.
+
+        Raises:
+            AdapterError: as :func:`read_reply`; the node is lost.
+        """
+        return read_reply(content, self.weighted_by_key)
 
     def _metrics(self, contents: list[RecordDict]) -> MetricRecord:
         """The clients' own metrics, averaged; those that all of them have in one form."""
@@ -290,7 +304,7 @@ class LoraStrategy(FedAvg):
 
     def summary(self) -> None:
         """Log the rule beside FedAvg's own settings."""
-        _log(f"\t├──> Rule: {self.exchange.rule!r}")
+        LOG.info(f"\t├──> Rule: {self.exchange.rule!r}")
         super().summary()
 
 
@@ -314,14 +328,7 @@ def read_reply(content: RecordDict, weighted_by_key: str = "num-examples") -> Re
     said: dict[str, Any] = {}
     for record in content.config_records.values():
         said |= {name: record[name] for name in (CONFIG, MERGES) if name in record}
-    config = None
-    if CONFIG in said:
-        try:
-            config = json.loads(said[CONFIG])
-        except (ValueError, TypeError, RecursionError) as error:
-            raise AdapterError(f"its {CONFIG} is not valid JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise AdapterError(f"its {CONFIG} holds no JSON object")
+    config = read_config(said.get(CONFIG))
     return Reply(from_arrays(records[0]), float(weight), config, said.get(MERGES) is True)
 
 
@@ -398,15 +405,3 @@ def read_adapter(records: RecordDict, name: str) -> Adapter:
     """
     config = json.loads(str(records.config_records[f"{name}.config"]["json"]))
     return Adapter.from_state_dict(from_arrays(records.array_records[name]), config)
-
-
-def _warn(line: str) -> None:
-    from logging import getLogger
-
-    getLogger("flwr").warning(line)
-
-
-def _log(line: str) -> None:
-    from logging import getLogger
-
-    getLogger("flwr").info(line)

@@ -22,6 +22,7 @@ beside it, which :func:`updates` reads: the site merges each place once.
 import json
 import math
 from collections.abc import Mapping
+from copy import copy
 from logging import getLogger
 from threading import Lock
 from typing import Any
@@ -37,18 +38,17 @@ from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor
 
-from fedlora_kernels._aggregation import Aggregation
 from fedlora_kernels.adapters import peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
-from fedlora_kernels.interop.exchange import Exchange, Reply, label_of
+from fedlora_kernels.interop.exchange import CONFIG, MERGES, Reply, RuleServer, read_config
 from fedlora_kernels.rules import Rule
 
-CONFIG, MERGES, TRAINS, MERGED = "adapter_config", "merges", "trains", "merged"
-"""What the meta of a result and of a model may say."""
+TRAINS, MERGED = "trains", "merged"
+"""What the meta of a model says: the factors to train, the updates to merge."""
 
 
-class LoraAggregator(ModelAggregator):  # type: ignore[misc]
+class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
     """FedAvg's place taken by a rule.
 
     A site whose result is missing or not usable leaves the round with the rest: it is named in the
@@ -75,9 +75,14 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         magnitudes: "average" admits DoRA, see :class:`fedlora_kernels.Round`; None refuses it.
         state: a file of the server, written after every round, from which a job that is submitted
             again goes on.
+        memory_limit: bytes of memory for the matrices and results of the modules that are worked on
+            together. Every site's result is then written to an unnamed file when it arrives, and
+            mapped, so that memory does not grow with the sites. The aggregate has the same bits
+            with every limit. No limit when None.
+        scratch: folder of the server for those files; the system's temporary folder when None.
 
     Raises:
-        ValueError: the rule is unknown, or an option is out of range.
+        ValueError: the rule is unknown, an option is out of range, or memory_limit is under 1.
         TypeError: the rule has no such option.
         AdapterError: the state cannot be read, or is that of another rule.
     """
@@ -96,17 +101,24 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         device: str | None = None,
         magnitudes: str | None = None,
         state: str | None = None,
+        memory_limit: int | None = None,
+        scratch: str | None = None,
     ) -> None:
-        super().__init__()
+        ModelAggregator.__init__(self)
         config = None if adapter_config is None else dict(peft_format.plain(adapter_config))
-        self.exchange = Exchange(
+        RuleServer.__init__(
+            self,
             rule,
             rule_options,
+            lost_key="lost-sites",
+            log=getLogger(__name__),
             adapter_config=config,
             same_base=same_base,
             device=device,
             magnitudes=magnitudes,
             state=state,
+            memory_limit=memory_limit,
+            scratch=scratch,
         )
         # NVFlare writes a job's arguments as JSON, from attributes of their names.
         made = self.exchange.rule
@@ -118,22 +130,12 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         }
         self.adapter_config, self.same_base = config, same_base
         self.weighted_by_key, self.device, self.state = weighted_by_key, device, state
-        self.magnitudes = magnitudes
+        self.memory_limit, self.scratch, self.magnitudes = memory_limit, scratch, magnitudes
         self._lock = Lock()  # sites fetch their models from several threads
         self._shapes: dict[str, torch.Size] = {}
         self._asked: set[str] = set()
         self._results: dict[str, FLModel] = {}
         self._as_numpy = False
-
-    @property
-    def result(self) -> Aggregation | None:
-        """The last round's aggregation, with its report."""
-        return self.exchange.result
-
-    @property
-    def lost(self) -> dict[str, str]:
-        """Site -> why it is not in the last round, of the sites that were asked and are not."""
-        return {str(site): why for site, why in self.exchange.lost.items()}
 
     # ---- what sites are sent -------------------------------------------------------------------
 
@@ -179,12 +181,18 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
     # ---- what sites send back ------------------------------------------------------------------
 
     def accept_model(self, model: FLModel) -> None:
-        """A site's result; it is looked at in :meth:`aggregate_model`."""
+        """A site's result, put aside where memory is limited; it is looked at at the end."""
         site = str(model.meta.get("client_name", AppConstants.CLIENT_UNKNOWN))
+        kept = copy(model)
         with self._lock:
             if site in self._results:
                 self.exchange.lose(site, "it replied twice")
-            self._results[site] = model
+            try:
+                kept.params = self.exchange.put_aside(_tensors(model.params or {}))
+            except AdapterError as error:
+                kept.params = None
+                self.exchange.lose(site, str(error))
+            self._results[site] = kept
 
     def reset_stats(self) -> None:
         """A new round."""
@@ -210,11 +218,7 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
                     )
                 except AdapterError as error:
                     exchange.lose(site, str(error))
-        try:
-            exchange.finish()
-        finally:
-            for client, why in exchange.lost.items():
-                getLogger(__name__).warning(f"{label_of(client)} is not in the round: {why}")
+        figures = self.finish()
         for key, shape in self._shapes.items():
             if exchange.arrays[key].shape != shape:
                 raise AdapterError(
@@ -222,11 +226,11 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
                     f"{list(exchange.arrays[key].shape)}: give the recipe a model of that rank"
                 )
         taken = {s: model for s, model in self._results.items() if s not in exchange.lost}
-        metrics = self._metrics(taken, weighs) | exchange.figures()
-        metrics["lost-sites"] = sorted(self.lost)
         self._results = {}
         return FLModel(
-            params_type=ParamsType.FULL, params=self._given(exchange.arrays), metrics=metrics
+            params_type=ParamsType.FULL,
+            params=self._given(exchange.arrays),
+            metrics=self._metrics(taken, weighs) | figures,
         )
 
     def _metrics(self, taken: Mapping[str, FLModel], weighs: bool) -> dict[str, Any]:
@@ -263,14 +267,7 @@ def read_result(model: FLModel, weighted_by_key: str | None) -> Reply:
     weight = 1.0 if weighted_by_key is None else model.meta.get(weighted_by_key)
     if not _is_number(weight):
         raise AdapterError(f"its meta has no number {weighted_by_key!r}, found {weight!r}")
-    config = model.meta.get(CONFIG)
-    if isinstance(config, str):
-        try:
-            config = json.loads(config)
-        except (ValueError, RecursionError) as error:
-            raise AdapterError(f"its {CONFIG} is not valid JSON: {error}") from None
-    if not (config is None or isinstance(config, dict)):
-        raise AdapterError(f"its {CONFIG} holds no JSON object")
+    config = read_config(model.meta.get(CONFIG))
     merges = model.meta.get(MERGES) is True
     return Reply(_tensors(model.params or {}), float(weight), config, merges)
 

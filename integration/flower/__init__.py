@@ -9,9 +9,10 @@
                   fedlora_kernels  <--------------->  Client.train, as in the local engine
                                        the update
 
-    messages.py  adapters as Flower's records, bit for bit
     client.py    the ClientApp
-    engine.py    FlowerEngine: a round's messages out, the usable updates back
+    moments.py   AdamW's moments as Flower's records
+    strategy.py  ComparisonStrategy: the library's LoraStrategy, with the comparison's own server
+    engine.py    FlowerEngine: the round's nodes are found, the strategy's messages brought to them
     server.py    the ServerApp: `compare` with that engine
     launch.py    a SuperLink on this machine and one `flwr run`
     app/         what `flwr run` ships: two files that import the two apps from here

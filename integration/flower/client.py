@@ -40,22 +40,28 @@ def who(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train from the adapter in the message; answer with the update and its figures."""
-    from integration.flower.messages import read_adapter, write_adapter
+    from fedlora_kernels.interop.exchange import CONFIG, MERGES
+    from fedlora_kernels.interop.flower import from_arrays, to_arrays
+    from integration.model.serialize import deserialize
 
-    round_: dict[str, Any] = dict(message.content.config_records["round"])
+    round_: dict[str, Any] = dict(message.content.config_records["config"])
     place = _place(round_["settings"])
     federation = place.federation.with_seed(round_["seed"]).at(round_["learning-rate"])
     number, trains = round_["number"], round_["trains"]
     client = federation.clients[int(context.node_config[CLIENT])]
     kept = _Kept(context.state, round_["label"], round_["seed"], round_["rule"])
-    kept.receive(message.content, round_["merged-before"])
+    kept.receive(message.content, round_["merged"])
     place.merge(kept, federation.model)
     device = federation.model.device
+    start = {
+        "tensors": from_arrays(message.content.array_records["arrays"]),
+        "config": json.loads(round_[CONFIG]),
+    }
     update = client.train(
         federation.model,
         place.trainer,
         federation.train,
-        read_adapter(message.content, "start", device),
+        deserialize(start, device),
         number,
         federation.settings,
         trains,
@@ -65,17 +71,18 @@ def train(message: Message, context: Context) -> Message:
         kept.keep(number, trains, update.moments)
     content = RecordDict(
         {
-            "figures": MetricRecord(
+            "arrays": to_arrays(update.adapter.state_dict()),
+            "metrics": MetricRecord(
                 {
                     "client": client.number,
-                    "examples": update.examples,
+                    "num-examples": update.examples,
                     "loss": update.loss,
                     "seconds": update.seconds,
                 }
-            )
+            ),
+            "config": ConfigRecord({MERGES: True}),
         }
     )
-    write_adapter(content, "update", update.adapter)
     return Message(content, reply_to=message)
 
 
@@ -131,31 +138,33 @@ class _Kept:
         """How many merged updates the node holds."""
         return sum(key.startswith(self.prefix) for key in self._state.array_records)
 
-    def receive(self, content: RecordDict, before: int) -> None:
-        """Store the merged updates of the message, which follow the first `before`."""
-        if before > self.merged:
+    def receive(self, content: RecordDict, merged: int) -> None:
+        """Store the message's merged updates, the last of the `merged` that there are."""
+        sent = [key for key in content.array_records if key.startswith("merged/")]
+        first = merged - len(sent)
+        if first > self.merged:
             raise LookupError(
-                f"this node holds {self.merged} of the first {before} merged updates; send them all"
+                f"this node holds {self.merged} of the first {first} merged updates; send them all"
             )
         for key in [key for key in self._state if key.startswith(self.prefix)]:
-            if int(key[len(self.prefix) :].split(".")[0]) >= before:
+            if int(key[len(self.prefix) :].split(".")[0]) >= first:
                 del self._state[key]
-        for key in sorted(content.array_records):
-            if key.startswith("merged/"):
-                name = f"{self.prefix}{before + int(key.removeprefix('merged/'))}"
-                self._state[name] = content[key]
-                self._state[f"{name}.config"] = content[f"{key}.config"]
+        for key in sent:
+            name = self.prefix + key.removeprefix("merged/")
+            self._state[name] = content[key]
+            self._state[f"{name}.config"] = content[f"{key}.config"]
 
     def updates(self, model: Model) -> list[Any]:
         """The merged updates, in their order."""
-        from integration.flower.messages import read_adapter
+        from fedlora_kernels.interop.flower import read_adapter
+        from integration.model.serialize import reread
 
         names = [f"{self.prefix}{place}" for place in range(self.merged)]
-        return [read_adapter(self._state, name, model.device) for name in names]
+        return [reread(read_adapter(self._state, name), model.device) for name in names]
 
     def moments(self, number: int, trains: str, device: Any) -> Moments | None:
         """AdamW's state after the client's last round before `number`."""
-        from integration.flower.messages import read_moments
+        from integration.flower.moments import read_moments
 
         for earlier in (number - 1, 1) if number > 1 else ():
             if (record := self._state.array_records.get(self._key(earlier, trains))) is not None:
@@ -164,7 +173,7 @@ class _Kept:
 
     def keep(self, number: int, trains: str, moments: Moments) -> None:
         """Store the state after round `number`, in place of earlier ones."""
-        from integration.flower.messages import write_moments
+        from integration.flower.moments import write_moments
 
         self._state[self._key(number, trains)] = write_moments(moments)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 import fedlora_kernels as flk
 from fedlora_kernels._saved import Saved as Serialized
 from fedlora_kernels._saved import restored as deserialize
@@ -19,7 +21,10 @@ __all__ = [
 ]
 
 
-def reread(adapter: flk.Adapter) -> flk.Adapter:
-    """The adapter as it reads from a file: a config holds alpha, from which the scaling comes."""
-    device = next(iter(adapter.state_dict().values())).device
-    return deserialize(serialize(adapter), device)
+def reread(adapter: flk.Adapter, device: torch.device | None = None) -> flk.Adapter:
+    """The adapter as it reads from a file: a config holds alpha, from which the scaling comes.
+
+    It is on this device, or stays where it is.
+    """
+    own = next(iter(adapter.state_dict().values())).device
+    return deserialize(serialize(adapter), device or own)

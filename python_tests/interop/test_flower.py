@@ -304,6 +304,22 @@ def test_an_error_leaves_the_round_with_the_rest():
     assert made.lost == {13: "its node reports: out of memory"}
 
 
+def test_an_error_of_flowers_own_server_is_the_nodes():
+    """SuperLink answers, in its own name, for a node that is gone."""
+    round_ = draw()
+
+    def gone(k, reply, message):
+        if k != 2:
+            return reply
+        reply = Message(Error(3, "node unavailable"), reply_to=message)
+        reply.metadata.__dict__["_src_node_id"] = 1
+        return reply
+
+    made = strategy("florist")
+    run(made, answers(round_, change=gone), round_.adapters[0])
+    assert made.lost == {13: "its node reports: node unavailable"}
+
+
 def test_a_reply_that_only_the_rule_refuses():
     """FFA's clients share A; client 1 has trained its own."""
     round_ = draw(common_a=True)
@@ -542,11 +558,37 @@ def test_what_is_not_supported_is_named():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_tensors_travel_bit_for_bit(dtype):
     bits = torch.randint(-128, 128, (7, 5, dtype.itemsize), dtype=torch.int8)
-    tensors = {"any": bits.view(dtype).squeeze(-1), "turned": torch.randn(6, 4).to(dtype).T}
-    for name, found in from_arrays(to_arrays(tensors)).items():
-        sent = tensors[name].contiguous().reshape(-1).view(torch.uint8)
-        assert found.dtype == dtype
-        assert torch.equal(found.reshape(-1).view(torch.uint8), sent)
+    tensors = {
+        "any": bits.view(dtype).squeeze(-1),  # NaN among them
+        "turned": torch.randn(6, 4).to(dtype).T,
+        "scalar": torch.tensor(1 / 3, dtype=dtype),
+        "empty": torch.empty(0, 3, dtype=dtype),
+    }
+    raw_too = ArrayRecord({name: raw(tensor) for name, tensor in tensors.items()})
+    for record in (to_arrays(tensors), raw_too):
+        for name, found in from_arrays(record).items():
+            sent = tensors[name].contiguous().reshape(-1).view(torch.uint8)
+            assert (found.dtype, found.shape) == (dtype, tensors[name].shape)
+            assert torch.equal(found.reshape(-1).view(torch.uint8), sent)
+
+
+def test_flowers_own_averaging_cannot_read_raw_arrays():
+    with pytest.raises(TypeError):
+        to_arrays({"b": torch.ones(2, dtype=torch.bfloat16)})["b"].numpy()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "bfloat15"}, "b is bfloat15 in raw.le; expected raw.le and one of float64"),
+        ({"stype": "numpy.ndarray"}, "b cannot be read from numpy.ndarray: "),
+        ({"shape": (2, 3)}, r"b has 16 bytes; float32 of shape \[2, 3\] has 24"),
+    ],
+)
+def test_records_that_hold_no_tensors_say_why(change, message):
+    array = {"dtype": "float32", "shape": (2, 2), "stype": "raw.le", "data": bytes(16)} | change
+    with pytest.raises(flk.AdapterError, match=message):
+        from_arrays(ArrayRecord({"b": Array(**array)}))
 
 
 @pytest.mark.parametrize("rule", ["florist", "flexlora", "flora_na"])

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from anonymous import peak
 from federation import draw
 
 import fedlora_kernels as flk
@@ -253,6 +254,76 @@ def test_the_model_must_have_the_rank_of_a_site():
         run(LoraAggregator("florist"), answers(round_), small)
 
 
+# ---- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", flk.rules.names())
+def test_a_limit_changes_no_bit(rule, tmp_path):
+    """Of what every site and the server get, in three rounds of sites that start from their own."""
+    found = flk.rules.find(rule)
+    shapes = UNEQUAL if found.heterogeneous else {"alphas": (8, 8, 8)}
+    round_ = draw(common_a=found.trains != "both", **shapes)
+
+    def halfway(k, received, number):
+        result = answers(round_)(k, received, number)
+        result.meta["merges"] = True
+        for key, x in result.params.items():
+            sent = received.params[key]
+            if received.meta["trains"] == "b" and "lora_A" in key:
+                result.params[key] = sent
+            elif x.shape == sent.shape:
+                result.params[key] = (x + sent) / 2
+        return result
+
+    initial = round_.adapters[2].state_dict()
+    free = LoraAggregator(rule)
+    limited = LoraAggregator(rule, memory_limit=1, scratch=str(tmp_path))
+    (given, model), (same, other) = (run(made, halfway, initial, 3) for made in (free, limited))
+    assert not free.lost
+    assert_same(other.params, model.params)
+    for name, figure in model.metrics.items():
+        assert other.metrics[name] == (figure if name == "lost-sites" else pytest.approx(figure))
+    for one, two in zip(given, same, strict=True):
+        for site in SITES:
+            assert_same(two[site].params, one[site].params)
+    assert not list(tmp_path.iterdir()), "the files have no names"
+
+
+SITES_ARRIVE = """
+from nvflare.app_common.abstract.fl_model import FLModel
+from fedlora_kernels.interop.nvflare import LoraAggregator
+
+def adapter(modules):
+    return {
+        f"base_model.model.layers.{i}.q.lora_{side}.weight": torch.randn(shape)
+        for i in range(modules) for side, shape in (("A", (4, 4096)), ("B", (4096, 4)))
+    }
+
+def round_of(sites, modules):
+    options = {"max_rank": 4} if sys.argv[1] == "florist" else {}
+    made = LoraAggregator(sys.argv[1], options, memory_limit=1 << 20)
+    made.reset_stats()
+    initial = adapter(modules)
+    for k in range(sites):
+        made.sent(str(k), initial)
+    for k in range(sites):
+        result = FLModel(params=adapter(modules), meta={"client_name": str(k)})
+        made.accept_model(result)
+    assert made.aggregate_model().metrics["clients"] == sites
+"""
+
+
+@pytest.mark.parametrize("rule", ["fedit", "florist"])
+def test_memory_does_not_grow_with_the_sites(rule):
+    """Anonymous memory of a round: 40 sites of 2 MiB take no more than 4 of them, and the limit."""
+    one = 16 * 2 * 4096 * 4 * 4
+    few, many = (
+        peak(SITES_ARRIVE + "round_of(2, 1)\n", f"round_of({sites}, 16)\n", rule)
+        for sites in (4, 40)
+    )
+    assert many <= few + 4 * one + (1 << 20), (few, many)
+
+
 # ---- rules that merge or remember --------------------------------------------------------------
 
 
@@ -310,8 +381,12 @@ def test_a_job_that_is_submitted_again_goes_on(tmp_path):
 @pytest.mark.parametrize("rule", ["florist", flk.rules.FLoRIST(energy=0.7)], ids=["name", "rule"])
 def test_a_job_holds_the_aggregators_arguments(rule, tmp_path):
     """What a server builds from the exported job is what was given to the recipe."""
-    more = {"weighted_by_key": "n", "magnitudes": "average"}
-    made = LoraAggregator(rule, adapter_config={"r": 4, "lora_alpha": 8}, **more)
+    given = {
+        "adapter_config": {"r": 4, "lora_alpha": 8},
+        "weighted_by_key": "n",
+        "magnitudes": "average",
+    }
+    made = LoraAggregator(rule, memory_limit=10**9, scratch="/var/tmp", **given)
     (tmp_path / "client.py").touch()
     recipe = FedAvgRecipe(
         model={"class_path": "torch.nn.Linear", "args": {"in_features": 2, "out_features": 2}},
@@ -326,12 +401,14 @@ def test_a_job_holds_the_aggregators_arguments(rule, tmp_path):
     assert written["path"] == "fedlora_kernels.interop.nvflare.LoraAggregator"
     again = LoraAggregator(**written["args"])
     assert again.exchange.rule == made.exchange.rule
-    assert (again.adapter_config, again.weighted_by_key) == ({"r": 4, "lora_alpha": 8}, "n")
-    assert written["args"]["magnitudes"] == again.magnitudes == "average"
+    assert {name: getattr(again, name) for name in given} == given
+    assert (again.memory_limit, again.scratch) == (10**9, "/var/tmp")
 
 
 def test_unknown_rules_and_options():
     with pytest.raises(ValueError, match="unknown rule 'best'"):
         LoraAggregator("best")
+    with pytest.raises(ValueError, match="memory_limit must be at least 1 byte, found 0"):
+        LoraAggregator("fedit", memory_limit=0)
     with pytest.raises(TypeError, match="'fedit' has no option 'energy'"):
         LoraAggregator("fedit", {"energy": 0.5})

@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -34,11 +35,15 @@ def _clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_code_to_run() -> None:
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     assert {line.split()[1] for line in COMMANDS} == {"aggregate", "inspect", "rules", "doctor"}
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.partition("\n")[0])
+@pytest.mark.parametrize(
+    "code",
+    [code for code in PYTHON if "interop.flower" not in code],
+    ids=lambda code: code.partition("\n")[0],
+)
 def test_python_blocks_run(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
     if "save(" in code:
@@ -66,16 +71,56 @@ def test_the_page_of_the_rules_has_every_rule_in_each_table() -> None:
 
 
 def test_operators_and_backends_are_there() -> None:
-    table = README[
-        README.index("| `torch.ops.fedlora.*`") : README.index("Variants named `*_list`")
-    ]
-    names = set(re.findall(r"`(\w+)`", table))
+    operators = README[README.index("`fedlora_kernels.ops.*` have:") : README.index("Variants")]
+    names = set(re.findall(r"`(\w+)`", operators))
     assert names
     assert all(hasattr(torch.ops.fedlora, name) and hasattr(flk.ops, name) for name in names)
-    table = README[README.index("| backend | what it is |") : README.index("The GPU backends pass")]
-    assert set(re.findall(r"^\| `([\w-]+)`", table, re.M)) == {
-        b.name for b in flk.backends.ordered()
-    }
+    backends = README[README.index("The backends are ") : README.index("The GPU backends pass")]
+    assert re.findall(r"`([\w-]+)`", backends) == [b.name for b in flk.backends.ordered()]
+
+
+def doors() -> list[str]:
+    """Every call of the frameworks' block below the import of the name that it uses."""
+    (block,) = (code for code in PYTHON if "interop.flower" in code)
+    imports, calls = (part.splitlines() for part in block.strip().split("\n\n"))
+    return [
+        f"{line}\n{call}\n"
+        for call in calls
+        for line in imports
+        if re.search(rf"\b{line.split()[-1]}\b", call)
+    ]
+
+
+def test_there_are_five_doors_in_python_and_one_in_cpp() -> None:
+    found = [re.findall(r"peft|flower|nvflare|numpy|jax", lines)[0] for lines in doors()]
+    assert found == ["peft", "flower", "nvflare", "numpy", "jax"]
+    (cpp,) = re.findall(r"```cpp\n(.*?)```", README, re.DOTALL)
+    header = (ROOT / "csrc" / "include" / "fedlora" / "fedlora.h").read_text(encoding="utf-8")
+    assert all(name in header for name in ("stacked_svd", *re.findall(r"flk::(\w+)", cpp)))
+
+
+@pytest.mark.parametrize("lines", doors(), ids=lambda lines: lines.splitlines()[0])
+def test_doors_run(lines: str) -> None:
+    for package, door in {"flwr": "flower", "nvflare": "nvflare", "jax": "jax"}.items():
+        if f"interop.{door}" in lines or f"{door} as" in lines:
+            pytest.importorskip(package, reason="of the extra")
+    names: dict[str, object] = {}
+    if "model" in lines:
+        from peft import LoraConfig, get_peft_model
+
+        base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        model = get_peft_model(base, LoraConfig(target_modules=["0"]), "a")
+        model.add_adapter("b", LoraConfig(target_modules=["0"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        names["model"] = model
+    draw_ = np.random.default_rng(0).standard_normal
+    b, a = draw_((2, 8, 4), dtype=np.float32), draw_((2, 4, 6), dtype=np.float32)
+    names |= {"b": b, "a": a, "scale": np.ones((2, 4), dtype=np.float32)}
+    exec(compile(lines, "README.md", "exec"), names)
+    if "model" in names:
+        assert "mixed" in names["model"].peft_config  # type: ignore[attr-defined]
 
 
 def test_it_is_short() -> None:

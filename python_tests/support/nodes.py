@@ -66,7 +66,7 @@ class Nodes(Grid):
                 reply = Message(Error(2, str(error)), reply_to=message)
             if message.metadata.message_type == "train":
                 self.sent.append(message)
-                record = message.content.config_records["round"]
+                record = message.content.config_records["config"]
                 change = self.broken.get((context.node_config["partition-id"], record["number"]))
                 reply = change(reply) if change else reply
             if reply is not None:
