@@ -33,6 +33,7 @@ from fedlora_kernels.gram_space.report import (
     report,
     swept,
 )
+from fedlora_kernels.robust import Weighing
 from fedlora_kernels.rules import Rule
 
 if TYPE_CHECKING:
@@ -91,9 +92,16 @@ class Aggregation:
         """What the next round takes as ``carried``: None for a rule without memory."""
         return self.rule.carry(self)
 
+    @property
+    def weighing(self) -> Weighing | None:
+        """How much each client counted, where a robust rule weighed them."""
+        return self._work.weighing
+
     @cached_property
     def report(self) -> Report:
         """Module -> rank, energy, relative_error, svd_floor.
+
+        Where a robust rule weighed the clients, the ideal update is that of its weights.
 
         Computed when first asked for. Rules that only average compute no Gram matrices; theirs are
         computed then, in one more pass over the clients' adapters.
@@ -139,6 +147,8 @@ class Aggregation:
             described: dict[str, Any] = {"rule": self.rule.name}
             if note := self.note or self.report.note:
                 described["note"] = note
+            if self.weighing is not None:
+                described["robust"] = self.weighing.as_dict()
             described["modules"] = self.report.as_dict()
             text = json.dumps(described, indent=2)
             (made / "report.json").write_text(text + "\n", encoding="utf-8")
@@ -199,6 +209,11 @@ class Work:
         """of each batch the rows, or what it takes to compute them"""
 
     @property
+    def weighing(self) -> Weighing | None:
+        """How much each client counts, where a robust rule weighed them."""
+        return self._round.weighing
+
+    @property
     def reads(self) -> bool:
         """Whether there are batches to take: VeRA's vectors are averaged as they are."""
         return not self._round.clients[0].vera
@@ -249,6 +264,7 @@ class Work:
                 grams.forget()
         complete = Report(sorted(rows.items()))
         complete.note = self._rule.note
+        complete.weighing = self._round.weighing
         return complete
 
     def result(self) -> Aggregation:
@@ -297,11 +313,11 @@ class Work:
         known = (item for client in clients if made for item in client.factors.values())
         if all(item.bias is None for item in known):
             return made
-        biased = {}
+        biased, weights = {}, self._round.weights.tolist()
         for name, item in made.items():
             total = item.b.new_zeros(item.b.shape[0], dtype=torch.float64)
             weight = 0.0
-            for client, share in zip(clients, self._round.weights.tolist(), strict=True):
+            for client, share in zip(self._round.counted, weights, strict=True):
                 own = client.factors.get(name)
                 if own is None:
                     continue

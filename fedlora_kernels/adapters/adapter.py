@@ -9,6 +9,7 @@ Module names are the model's own, without PEFT's prefix "base_model.model.".
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,16 @@ class Adapter:
     def factors(self) -> dict[str, Factors]:
         """Of VeRA, made when first asked for: averaging its vectors needs none of them."""
         return vera.pairs(self.vera, self.extras)
+
+    def scaled(self, factor: float) -> "Adapter":
+        """The adapter whose update is ``factor`` times this one's: the same tensors under other
+        scalings. The tensors beside the factors stay, and the config keeps its scaling.
+        """
+        factors = {
+            module: replace(item, scaling=item.scaling * factor)
+            for module, item in self.factors.items()
+        }
+        return Adapter(factors, self.config, extras=self.extras, name=self.name)
 
     @classmethod
     def load(cls, path: str | Path, *, pickled: bool = False) -> "Adapter":

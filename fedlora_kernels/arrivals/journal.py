@@ -58,7 +58,7 @@ class Journal:
         ValueError: the folder holds a stream of other settings; the message names the first.
     """
 
-    def __init__(self, state: Path, settings: Mapping[str, str]) -> None:
+    def __init__(self, state: Path, settings: Mapping[str, str | None]) -> None:
         self.entries: list[Entry] = []
         """the clients, as they were when the journal was last :meth:`held`"""
         self._file = state / CLIENTS

@@ -253,6 +253,12 @@ class Grams:
         products = membership.T @ self.products @ membership
         return self.scalings[:, :, None] * products * self.scalings[:, None, :]
 
+    def adopt(self, other: "Grams") -> None:
+        """Take over what another's pass over the same factors found, weights and scalings aside."""
+        self._matrices = other._matrices
+        if "products" in other.__dict__:
+            self.products = other.products
+
     @cached_property
     def membership(self) -> Tensor:
         """Which client each stacked rank belongs to: [R,K] of 0 and 1, float64."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora_kernels import robust as robust_rules
 from fedlora_kernels import rules
 from fedlora_kernels._aggregation import Aggregation
 from fedlora_kernels._delivery import Delivery
@@ -31,6 +32,7 @@ from fedlora_kernels.adapters import keys, peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.peft_format import Config, label
+from fedlora_kernels.robust import Robust
 from fedlora_kernels.rules import Rule
 
 Client = int | str
@@ -74,10 +76,13 @@ class Exchange:
         same_base: whether the clients have one base model whatever their configs call it.
         device: where the work is done.
         state: the file to go on from, written after every round; None keeps nothing.
+        robust: a robust rule of ``flk.robust``, or the name of one, that weighs the clients.
+        robust_options: of a robust rule given by name.
 
     Raises:
-        ValueError: the rule is unknown, or an option is out of range.
-        TypeError: the rule has no such option; or rule is neither a name nor a rule.
+        ValueError: the rule or the robust rule is unknown, an option is out of range, or the robust
+            rule's weights do not reach the rule.
+        TypeError: there is no such option; or rule is neither a name nor a rule.
         AdapterError: the file cannot be read, or is that of another rule.
     """
 
@@ -90,12 +95,21 @@ class Exchange:
         same_base: bool = False,
         device: torch.device | str | None = None,
         state: str | Path | None = None,
+        robust: str | Robust | None = None,
+        robust_options: Mapping[str, Any] | None = None,
     ) -> None:
         if rule is None:
             rule = rules.preferred()
         if not isinstance(rule, (str, Rule)):
             raise TypeError(f"rule must be a rule or the name of one, found {rule!r}")
         self.rule = rules.make(rule, **(options or {}))
+        self.robust = None
+        """the robust rule that weighs the clients, if any"""
+        if robust is not None:
+            self.robust = robust_rules.make(robust, **(robust_options or {}))
+            self.robust.refuse(self.rule)
+        elif robust_options:
+            raise TypeError(f"robust_options are given, and no robust rule: {robust_options}")
         self.round = 0
         """how many rounds are finished"""
         self.lost: dict[Client, str] = {}
@@ -202,7 +216,7 @@ class Exchange:
                     device=self._device,
                     same_base=self._same_base,
                 )
-                result = round_.aggregate(self.rule, carried=self._carried)
+                result = round_.aggregate(self.rule, carried=self._carried, robust=self.robust)
             except AdapterError as error:
                 client = _blamed(str(error), adapters)
                 if client is None:
@@ -389,8 +403,10 @@ class Exchange:
 
     # ---- figures -------------------------------------------------------------------------------
 
-    def figures(self) -> dict[str, float]:
-        """Of the last round: error, floor, rank, bytes; the report may take a pass of its own."""
+    def figures(self) -> dict[str, Any]:
+        """Of the last round: error, floor, rank, bytes; the report may take a pass of its own.
+        Where a robust rule weighed the clients, their weights, in the order of the clients.
+        """
         result = self.result
         assert result is not None
         report = result.report
@@ -401,6 +417,7 @@ class Exchange:
             "bytes-up": sum(result.bytes_up),
             "bytes-down": sum(result.bytes_down),
             "clients": len(result.clients),
+            **({} if result.weighing is None else {"robust-weights": result.weighing.weights}),
         }
 
 

@@ -42,6 +42,7 @@ from fedlora_kernels.adapters import peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.interop.exchange import Exchange, Reply, label_of
+from fedlora_kernels.robust import Robust
 from fedlora_kernels.rules import Rule
 
 CONFIG, MERGES, TRAINS, MERGED = "adapter_config", "merges", "trains", "merged"
@@ -62,7 +63,8 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
     equal, and one common scaling is assumed, which cancels.
 
     The metrics of a round are the sites' own averages and, of the aggregation, relative-error,
-    svd-floor, rank, bytes-up, bytes-down, clients and lost-sites.
+    svd-floor, rank, bytes-up, bytes-down, clients and lost-sites; with ``robust`` also
+    robust-weights, of the sites that are not lost, in their order.
 
     Args:
         rule: a rule of ``flk.rules``, or the name of one; the command line's when None.
@@ -74,9 +76,13 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         device: where the server aggregates.
         state: a file of the server, written after every round, from which a job that is submitted
             again goes on.
+        robust: a robust rule of ``flk.robust``, or the name of one, that weighs the sites: see
+            :meth:`Round.weighed`.
+        robust_options: of a robust rule given by name.
 
     Raises:
-        ValueError: the rule is unknown, or an option is out of range.
+        ValueError: the rule or the robust rule is unknown, an option is out of range, or the robust
+            rule's weights do not reach the rule.
         TypeError: the rule has no such option.
         AdapterError: the state cannot be read, or is that of another rule.
     """
@@ -94,6 +100,8 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
         weighted_by_key: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
         device: str | None = None,
         state: str | None = None,
+        robust: str | Robust | None = None,
+        robust_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         config = None if adapter_config is None else dict(peft_format.plain(adapter_config))
@@ -104,15 +112,14 @@ class LoraAggregator(ModelAggregator):  # type: ignore[misc]
             same_base=same_base,
             device=device,
             state=state,
+            robust=robust,
+            robust_options=robust_options,
         )
         # NVFlare writes a job's arguments as JSON, from attributes of their names.
-        made = self.exchange.rule
-        self.rule = made.name
-        self.rule_options = {
-            name: getattr(made, name)
-            for name, option in made.options().items()
-            if getattr(made, name) != option.default
-        }
+        made, guard = self.exchange.rule, self.exchange.robust
+        self.rule, self.rule_options = made.name, made.given
+        self.robust = None if guard is None else guard.name
+        self.robust_options = None if guard is None else guard.given
         self.adapter_config, self.same_base = config, same_base
         self.weighted_by_key, self.device, self.state = weighted_by_key, device, state
         self._lock = Lock()  # sites fetch their models from several threads

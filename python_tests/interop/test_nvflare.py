@@ -126,6 +126,15 @@ def test_the_result_is_that_of_aggregate(rule, ranks, dtype):
     }
 
 
+def test_robust_weights_are_those_of_aggregate():
+    drawn = draw(alphas=(4, 400, 4))
+    made = LoraAggregator("florist", robust="trimmed", robust_options={"attackers": 1})
+    _, model = run(made, answers(drawn), drawn.adapters[0].state_dict())
+    expected = drawn.aggregate("florist", robust=flk.robust.Trimmed(attackers=1))
+    assert model.metrics["robust-weights"] == expected.weighing.weights
+    assert_same(made.result.adapter.state_dict(), expected.adapter.state_dict())
+
+
 def test_numpy_arrays_come_and_go():
     """The recipe's default exchange."""
     round_ = draw()
@@ -310,7 +319,12 @@ def test_a_job_that_is_submitted_again_goes_on(tmp_path):
 @pytest.mark.parametrize("rule", ["florist", flk.rules.FLoRIST(energy=0.7)], ids=["name", "rule"])
 def test_a_job_holds_the_aggregators_arguments(rule, tmp_path):
     """What a server builds from the exported job is what was given to the recipe."""
-    made = LoraAggregator(rule, adapter_config={"r": 4, "lora_alpha": 8}, weighted_by_key="n")
+    made = LoraAggregator(
+        rule,
+        adapter_config={"r": 4, "lora_alpha": 8},
+        weighted_by_key="n",
+        robust=flk.robust.Krum(attackers=2),
+    )
     (tmp_path / "client.py").touch()
     recipe = FedAvgRecipe(
         model={"class_path": "torch.nn.Linear", "args": {"in_features": 2, "out_features": 2}},
@@ -325,6 +339,7 @@ def test_a_job_holds_the_aggregators_arguments(rule, tmp_path):
     assert written["path"] == "fedlora_kernels.interop.nvflare.LoraAggregator"
     again = LoraAggregator(**written["args"])
     assert again.exchange.rule == made.exchange.rule
+    assert again.exchange.robust == flk.robust.Krum(attackers=2)
     assert (again.adapter_config, again.weighted_by_key) == ({"r": 4, "lora_alpha": 8}, "n")
 
 
