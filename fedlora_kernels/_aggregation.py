@@ -171,7 +171,8 @@ class Work:
 
     Raises:
         AdapterError: the rule cannot aggregate these clients.
-        ValueError: heads is unknown.
+        ValueError: heads is unknown, or the rule does not use the weights of the round's robust
+            rule.
     """
 
     def __init__(
@@ -189,6 +190,8 @@ class Work:
         self._heads = heads or rule.heads
         clients = round_.clients
         refuse_kinds(clients, rule)
+        if round_.weighing is not None:
+            round_.weighing.robust.refuse(rule)
         rule.validate(clients)
         if self._heads == "average":
             extras.check(clients)

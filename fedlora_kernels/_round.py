@@ -149,12 +149,11 @@ class Round:
         """
         several = [rule] if isinstance(rule, (str, Rule)) else rule
         chosen = [rules.make(item, **options) for item in several]
-        counted = robust_rules.make(robust) if robust is not None else None
-        if (used := counted or (self.weighing and self.weighing.robust)) is not None:
-            for item in chosen:
-                used.refuse(item)
-        if counted is not None:
-            results = self.weighed(counted).aggregate(
+        if robust is not None:
+            guard = robust_rules.make(robust)
+            for item in chosen:  # before any work is done
+                guard.refuse(item)
+            results = self.weighed(guard).aggregate(
                 chosen,
                 carried=carried,
                 uniform_rank=uniform_rank,

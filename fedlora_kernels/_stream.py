@@ -117,7 +117,7 @@ class Stream:
                 "rule": repr(self.rule),
                 "absent": absent,
                 "heads": self._heads,
-                "robust": self.robust and repr(self.robust),
+                "robust": None if self.robust is None else repr(self.robust),
             },
         )
         self._clients: list[Adapter] = []

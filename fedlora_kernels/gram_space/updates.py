@@ -55,7 +55,7 @@ class Updates:
         for grams in every:
             present = torch.tensor(grams.batch.clients)
             products[present[:, None], present[None, :]] += grams.client_products.sum(0).cpu()
-        return cls(products, labels)
+        return cls((products + products.mT) / 2, labels)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -39,15 +39,17 @@ def multi_krum(points: Tensor, weights: Tensor, attackers: int, keep: int) -> Te
 def geometric_median(points: Tensor, weights: Tensor) -> Tensor:
     """w_k / ||z - dW_k||, scaled to sum to 1, at the z of :func:`median_point`."""
     far = (points - median_point(points, weights)).norm(dim=1)
-    found = weights / far.clamp_min(1e-12 * float(far.max()) or 1.0)
-    return found / found.sum()
+    found: Tensor = weights / far.clamp_min(1e-12 * float(far.max()) or 1.0)
+    return found.div_(found.sum())
 
 
 def median_point(points: Tensor, weights: Tensor) -> Tensor:
     """argmin over z of sum_k w_k ||z - dW_k||, [P]: the best of the points, or what L-BFGS finds in
     the plane through them, from their mean.
     """
-    best = min(points, key=lambda point: float((weights * (points - point).norm(dim=1)).sum()))
+    best: Tensor = min(
+        points, key=lambda point: float((weights * (points - point).norm(dim=1)).sum())
+    )
     if bool((points == best).all()):
         return best
     basis = torch.linalg.qr((points - best).mT)[0]
@@ -65,8 +67,8 @@ def median_point(points: Tensor, weights: Tensor) -> Tensor:
 
     def total() -> Tensor:
         solver.zero_grad()
-        value = (weights * (flat - z).norm(dim=1)).sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value: Tensor = (weights * (flat - z).norm(dim=1)).sum()
+        value.backward()
         return value
 
     solver.step(total)

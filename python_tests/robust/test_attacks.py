@@ -197,8 +197,8 @@ def test_rounds_in_little_memory_and_absent_modules(options: dict[str, Any]) -> 
         if name in ("krum", "multi_krum", "trimmed"):
             assert result.weighing.weights[:2] == [0, 0]
         if "absent" not in options:
-            mix = torch.tensor(result.weighing.weights) * torch.tensor(result.weighing.scales)
-            wanted = mix.double() @ dense
+            counted = zip(result.weighing.weights, result.weighing.scales, dense, strict=True)
+            wanted = sum(w * c * row for w, c, row in counted)
             assert float((point(result, some) - wanted).norm()) <= FLOAT32 * float(wanted.norm())
 
 
@@ -370,7 +370,7 @@ def test_the_pages_table_is_what_the_attacks_give() -> None:
     assert rows[0][1:] == [*ATTACKS, "no attack"]
     written = {row[0].strip("`"): list(map(float, row[1:])) for row in rows[1:]}
     assert written == {
-        name: [pytest.approx(value, rel=0.05) for value in values]
+        name: [pytest.approx(value, rel=0.05, abs=5e-4) for value in values]
         for name, values in measured().items()
     }
 
