@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedlora_kernels import backends, ops, rules
+    from fedlora_kernels import backends, ops, robust, rules
     from fedlora_kernels._aggregate import aggregate
     from fedlora_kernels._aggregation import Aggregation
     from fedlora_kernels._delivery import Delivery
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fedlora_kernels.adapters.factors import Factors
     from fedlora_kernels.backends import Backend, backend
     from fedlora_kernels.gram_space.report import ModuleReport, Report
+    from fedlora_kernels.robust import Robust, Weighing
     from fedlora_kernels.rules import Rule
 
 __version__ = "0.1.0"
@@ -43,14 +44,17 @@ __all__ = [
     "Inspection",
     "ModuleReport",
     "Report",
+    "Robust",
     "Round",
     "Rule",
     "Stream",
+    "Weighing",
     "aggregate",
     "backend",
     "backends",
     "inspect",
     "ops",
+    "robust",
     "rules",
 ]
 
@@ -65,14 +69,17 @@ _WHERE = {
     "Inspection": "_inspect",
     "ModuleReport": "gram_space.report",
     "Report": "gram_space.report",
+    "Robust": "robust",
     "Round": "_round",
     "Rule": "rules",
     "Stream": "_stream",
+    "Weighing": "robust",
     "aggregate": "_aggregate",
     "backend": "backends",
     "backends": "backends",
     "inspect": "_inspect",
     "ops": "ops",
+    "robust": "robust",
     "rules": "rules",
 }
 

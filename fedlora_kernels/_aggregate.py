@@ -9,6 +9,7 @@ import torch
 from fedlora_kernels._aggregation import Aggregation
 from fedlora_kernels._round import Round
 from fedlora_kernels.adapters.adapter import Adapter
+from fedlora_kernels.robust import Robust
 from fedlora_kernels.rules import Rule
 
 
@@ -29,6 +30,7 @@ def aggregate(
     memory_limit: int | None = None,
     scratch: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    robust: str | Robust | None = None,
     **options: Any,
 ) -> Aggregation:
     """Combine the clients' adapters into one.
@@ -60,6 +62,8 @@ def aggregate(
         scratch: folder of the unnamed files that then hold the result.
         progress: called after every group of modules with how many are done, and how many there
             are.
+        robust: a robust rule of ``flk.robust``, or the name of one, that weighs the clients first:
+            see :meth:`Round.weighed`.
         **options: of a rule given by name, see ``flk.rules.find(name).options()``.
 
     Returns:
@@ -69,7 +73,8 @@ def aggregate(
     Raises:
         AdapterError: what the clients sent cannot be aggregated by this rule, and the message
             names the client and the module; or the result's dtype cannot hold the result.
-        ValueError: the rule is unknown, or an option is out of range.
+        ValueError: the rule is unknown, an option is out of range, or the robust rule's weights do
+            not reach this rule.
         TypeError: the rule has no such option.
     """
     round_ = Round(
@@ -90,5 +95,6 @@ def aggregate(
         dtype=dtype,
         heads=heads,
         progress=progress,
+        robust=robust,
         **options,
     )

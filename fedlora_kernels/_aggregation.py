@@ -33,6 +33,7 @@ from fedlora_kernels.gram_space.report import (
     report,
     swept,
 )
+from fedlora_kernels.robust import Weighing
 from fedlora_kernels.rules import Rule
 
 if TYPE_CHECKING:
@@ -115,9 +116,16 @@ class Aggregation:
         """What the next round takes as ``carried``: None for a rule without memory."""
         return self.rule.carry(self)
 
+    @property
+    def weighing(self) -> Weighing | None:
+        """How much each client counted, where a robust rule weighed them."""
+        return self._work.weighing
+
     @cached_property
     def report(self) -> Report:
         """Module -> rank, energy, relative_error, svd_floor.
+
+        Where a robust rule weighed the clients, the ideal update is that of its weights.
 
         Computed when first asked for. Rules that only average compute no Gram matrices; theirs are
         computed then, in one more pass over the clients' adapters.
@@ -163,6 +171,8 @@ class Aggregation:
             described: dict[str, Any] = {"rule": self.rule.name}
             if note := self.note or self.report.note:
                 described["note"] = note
+            if self.weighing is not None:
+                described["robust"] = self.weighing.as_dict()
             described["modules"] = self.report.as_dict()
             text = json.dumps(described, indent=2)
             (made / "report.json").write_text(text + "\n", encoding="utf-8")
@@ -185,7 +195,8 @@ class Work:
 
     Raises:
         AdapterError: the rule cannot aggregate these clients.
-        ValueError: heads is unknown.
+        ValueError: heads is unknown, or the rule does not use the weights of the round's robust
+            rule.
     """
 
     def __init__(
@@ -203,6 +214,8 @@ class Work:
         self._heads = heads or rule.heads
         clients = round_.clients
         refuse_kinds(clients, rule)
+        if round_.weighing is not None:
+            round_.weighing.robust.refuse(rule)
         rule.validate(clients)
         if self._heads == "average":
             extras.check(clients)
@@ -221,6 +234,11 @@ class Work:
         """whether all factors are averages of the clients' factors"""
         self._reports: list[Report | tuple[Grams, Solution | None]] = []
         """of each batch the rows, or what it takes to compute them"""
+
+    @property
+    def weighing(self) -> Weighing | None:
+        """How much each client counts, where a robust rule weighed them."""
+        return self._round.weighing
 
     @property
     def reads(self) -> bool:
@@ -274,6 +292,7 @@ class Work:
         complete = Report(sorted(rows.items()))
         notes = (self._rule.note, *_notes(self._round.clients, self._rule))
         complete.note = "; ".join(filter(None, notes))
+        complete.weighing = self._round.weighing
         return complete
 
     def result(self) -> Aggregation:
@@ -320,11 +339,11 @@ class Work:
         known = (item for client in clients if made for item in client.factors.values())
         if all(item.bias is None for item in known):
             return made
-        biased = {}
+        biased, weights = {}, self._round.weights.tolist()
         for name, item in made.items():
             total = item.b.new_zeros(item.b.shape[0], dtype=torch.float64)
             weight = 0.0
-            for client, share in zip(clients, self._round.weights.tolist(), strict=True):
+            for client, share in zip(self._round.counted, weights, strict=True):
                 own = client.factors.get(name)
                 if own is None:
                     continue

@@ -3,13 +3,14 @@
     found = inspect(clients, weights=[120, 80, 300])
     found.modules["model.layers.0.self_attn.q_proj"].sigma      spectrum of the ideal aggregate
     found.similarity                                            cosines between clients' updates
+    found.outliers                                              who is far from the others
 
 The ideal aggregate is dW = sum_k w_k s_k B_k A_k. Nothing of the size of a weight is formed.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,9 +22,13 @@ from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.kinds import dora
 from fedlora_kernels.gram_space.batches import stack
 from fedlora_kernels.gram_space.grams import Grams
+from fedlora_kernels.gram_space.updates import Updates
 from fedlora_kernels.ops._spectrum import negligible
 
 ENERGIES = (0.8, 0.9, 0.95, 0.99)
+
+FAR = 2.0
+"""A client is flagged from this many times the median distance to the geometric median on."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,21 @@ class ClientFacts:
     """w_k, all weights summing to 1"""
     norm: float
     """sqrt(sum over modules of ||s_k B_k A_k||_F^2); NaN where there are no factors"""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one client's update lies among the others, over all modules."""
+
+    norm: float
+    """||dW_k||"""
+    cosine: float
+    """of dW_k to the ideal aggregate; NaN where either is zero"""
+    distance: float
+    """||dW_k - z||, z the geometric median of the clients by their weights"""
+    flagged: bool
+    """whether there are three clients or more, and the distance is more than FAR times the median
+    of all distances; a reason to look at the client, and no proof"""
 
 
 @dataclass(frozen=True)
@@ -116,6 +136,8 @@ class Inspection:
     similarity: tuple[tuple[float, ...], ...]
     """<dW_j, dW_k> / (||dW_j|| ||dW_k||) of the clients' own updates over all modules, [K,K];
     NaN where a client's update is zero"""
+    outliers: tuple[Standing, ...]
+    """of every client; empty where no client's update is known"""
     notes: tuple[str, ...]
     """what the reader should know, such as configs that rules refuse to aggregate"""
 
@@ -158,17 +180,20 @@ def inspection(
 ) -> Inspection:
     """The same from Gram matrices that a round has, its weights [K] summing to 1."""
     modules: dict[str, ModuleSpectrum] = {}
-    products = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
-    for grams in every:
-        modules.update(_spectra(grams, energies))
-        present = torch.tensor(grams.batch.clients)
-        products[present[:, None], present[None, :]] += grams.client_products.sum(0).cpu()
-    norms = products.diagonal().clamp_min(0).sqrt()
+
+    def read() -> Iterator[Grams]:
+        for grams in every:
+            modules.update(_spectra(grams, energies))
+            yield grams
+
+    labels = [peft_format.label(k, adapter.name) for k, adapter in enumerate(adapters)]
+    updates = Updates.summed(read(), labels)
     return Inspection(
-        clients=tuple(map(_facts, adapters, shares.tolist(), norms.tolist())),
+        clients=tuple(map(_facts, adapters, shares.tolist(), updates.norms.tolist())),
         energies=tuple(energies),
         modules={name: modules[name] for name in sorted(modules, key=agreement.natural)},
-        similarity=_cosines(products, norms),
+        similarity=_cosines(updates.products, updates.norms),
+        outliers=_outliers(updates, shares) if modules else (),
         notes=tuple(_notes(adapters)),
     )
 
@@ -227,6 +252,27 @@ def _cosines(products: torch.Tensor, norms: torch.Tensor) -> tuple[tuple[float, 
     scale = norms[:, None] * norms[None, :]
     cosines = (products / scale.where(scale > 0, torch.nan)).clamp(-1, 1)
     return tuple(tuple(row) for row in cosines.tolist())
+
+
+def _outliers(updates: Updates, shares: torch.Tensor) -> tuple[Standing, ...]:
+    distances = updates.distances(_center(updates, shares))
+    far = distances > FAR * distances[shares > 0].median()
+    rows = zip(
+        updates.norms.tolist(),
+        updates.cosines(shares).tolist(),
+        distances.tolist(),
+        (far & (len(updates) > 2)).tolist(),
+        strict=True,
+    )
+    return tuple(Standing(*row) for row in rows)
+
+
+def _center(updates: Updates, shares: torch.Tensor) -> torch.Tensor:
+    """The weights of the geometric median, to which a client of weight 0 adds nothing."""
+    taking_part = shares.nonzero().flatten()
+    mix = torch.zeros_like(shares)
+    mix[taking_part] = updates.of(taking_part.tolist()).geometric_median(shares[taking_part])
+    return mix
 
 
 def _facts(adapter: Adapter, weight: float, norm: float) -> ClientFacts:

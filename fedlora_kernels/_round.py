@@ -3,6 +3,7 @@
     round = flk.Round(clients, weights=[120, 80, 300])
     florist, flexlora = round.aggregate([flk.rules.FLoRIST(energy=0.9), "flexlora"])
     round.inspect().modules[name].sigma
+    round.weighed("krum").aggregate("florist")
 
 load -> stack -> gram -> rule (spectrum + rank | surrogate | nothing) -> combine -> report
 
@@ -11,6 +12,7 @@ taken when something needs its result: a rule that only averages computes no Gra
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -18,18 +20,23 @@ from weakref import WeakSet
 
 import torch
 
+from fedlora_kernels import robust as robust_rules
 from fedlora_kernels import rules
 from fedlora_kernels._aggregation import Aggregation, Work
 from fedlora_kernels._inspect import ENERGIES, Inspection, inspection
 from fedlora_kernels.adapters import agreement
 from fedlora_kernels.adapters.adapter import Adapter
+from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.kinds import dora
+from fedlora_kernels.adapters.peft_format import label
 from fedlora_kernels.adapters.scratch import mapped
 from fedlora_kernels.gram_space.batches import Batch, stack
 from fedlora_kernels.gram_space.grams import Grams
+from fedlora_kernels.gram_space.updates import Updates
 from fedlora_kernels.gram_space.wide import Wide
 from fedlora_kernels.ops import checks
+from fedlora_kernels.robust import Robust, Weighing
 from fedlora_kernels.rules import Rule
 
 KEPT = 1 << 28
@@ -82,6 +89,8 @@ class Round:
             raise ValueError(f"memory_limit must be at least 1 byte, found {memory_limit}")
         self._memory_limit, self._scratch = memory_limit, scratch
         self.clients = tuple(adapters)
+        self.weighing: Weighing | None = None
+        """how the clients count, where a robust rule weighed them"""
         self.weights = agreement.normalized(weights, self.clients)
         """w_k [K] float64"""
         agreement.check(self.clients, same_base=same_base)
@@ -114,6 +123,7 @@ class Round:
         dtype: torch.dtype | None = None,
         heads: str | None = None,
         progress: Callable[[int, int], None] | None = None,
+        robust: str | Robust | None = None,
         **options: Any,
     ) -> Aggregation | list[Aggregation]:
         """Combine the clients' adapters by one rule, or by several that share every Gram matrix.
@@ -131,16 +141,32 @@ class Round:
                 "local" where clients keep different models, else "average".
             progress: called after every group of modules with the number of modules that are done
                 and that of all.
+            robust: a robust rule of ``flk.robust``, or the name of one, that weighs the clients
+                first: see :meth:`weighed`.
             **options: of a rule given by name, see ``flk.rules.find(name).options()``.
 
         Raises:
             AdapterError: what the clients sent cannot be aggregated by this rule, and the message
                 names the client and the module; or the result's dtype cannot hold the result.
-            ValueError: the rule is unknown, or an option is out of range.
+            ValueError: the rule is unknown, an option is out of range, or the robust rule's weights
+                do not reach this rule.
             TypeError: the rule has no such option.
         """
         several = [rule] if isinstance(rule, (str, Rule)) else rule
         chosen = [rules.make(item, **options) for item in several]
+        if robust is not None:
+            guard = robust_rules.make(robust)
+            for item in chosen:  # before any work is done
+                guard.refuse(item)
+            results = self.weighed(guard).aggregate(
+                chosen,
+                carried=carried,
+                uniform_rank=uniform_rank,
+                dtype=dtype,
+                heads=heads,
+                progress=progress,
+            )
+            return results if several is rule else results[0]
         works = [
             Work(self, item, carried, uniform_rank=uniform_rank, dtype=dtype, heads=heads)
             for item in chosen
@@ -160,6 +186,83 @@ class Round:
                     progress(done, total)
         results = [work.result() for work in works]
         return results if several is rule else results[0]
+
+    @cached_property
+    def updates(self) -> Updates:
+        """The clients' updates as points, from their inner products over all modules.
+
+        Raises:
+            AdapterError: as :attr:`Grams.matrices` does, or a squared norm overflows float64.
+        """
+        return Updates.summed(self.read(), self._labels)
+
+    def client_products(self) -> dict[str, torch.Tensor]:
+        """Module -> <dW_j, dW_k> of the clients' updates of this module, [K,K] float64 on the CPU;
+        0 where a client lacks the module.
+        """
+        count, found = len(self.clients), {}
+        for grams in self.read():
+            present = torch.tensor(grams.batch.clients)
+            for module, products in zip(grams.modules, grams.client_products.cpu(), strict=True):
+                whole = torch.zeros(count, count, dtype=torch.float64)
+                whole[present[:, None], present[None, :]] = products
+                found[module] = whole
+        return dict(sorted(found.items()))
+
+    def weighed(self, robust: str | Robust, **options: Any) -> "Round":
+        """The same clients as a robust rule weighs them, from the inner products of their updates.
+
+        The Gram matrices that this round keeps serve the other one, too. An aggregation rule that
+        computes Gram matrices has the inner products for nothing; one that only averages, or joins
+        a carried adapter to the clients, takes one more pass over the adapters.
+
+        Args:
+            robust: a robust rule (``flk.robust.Krum(attackers=2)``) or the name of one.
+            **options: of a robust rule given by name.
+
+        Raises:
+            AdapterError: there are too few clients for the robust rule, or their updates are not
+                known (VeRA vectors without projections).
+            ValueError: the robust rule is unknown, or an option is out of range; or this round was
+                weighed already.
+            TypeError: the robust rule has no such option.
+        """
+        chosen = robust_rules.make(robust, **options)
+        if self.weighing is not None:
+            raise ValueError(f"this round was weighed already, by {self.weighing.robust.name}")
+        for who, client in zip(self._labels, self.clients, strict=True):
+            if client.vera and not client.factors:
+                raise AdapterError(
+                    f"{who}: VeRA vectors without their projections, so its update is not known; "
+                    "save adapters with save_projection=True, or leave robust out"
+                )
+        names = [client.name or who for who, client in zip(self._labels, self.clients, strict=True)]
+        weighing = chosen.weigh(self.updates, self.weights, names)
+        for grams in self.grams:
+            grams.batch.refuse_changes()
+        made = copy(self)
+        made.__dict__.pop("updates")
+        made.weighing = weighing
+        made.weights = self.weights.new_tensor(weighing.weights)
+        made._made = WeakSet()
+        made.grams = made._stacked(made.counted, made.weights)
+        for own, known in zip(made.grams, self.grams, strict=True):
+            own.adopt(known)
+        return made
+
+    @property
+    def counted(self) -> tuple[Adapter, ...]:
+        """The clients with their updates as they count: scaled where a robust rule says so."""
+        if self.weighing is None or not self.weighing.robust.scales:
+            return self.clients
+        return tuple(
+            client if scale == 1 else client.scaled(scale)
+            for client, scale in zip(self.clients, self.weighing.scales, strict=True)
+        )
+
+    @property
+    def _labels(self) -> list[str]:
+        return [label(k, client.name) for k, client in enumerate(self.clients)]
 
     def inspect(self, *, energies: Sequence[float] = ENERGIES) -> Inspection:
         """Spectra of the ideal aggregate and similarities of the clients: see :func:`inspect`."""
@@ -188,7 +291,7 @@ class Round:
     def joined(self, more: Sequence[tuple[Adapter, float]]) -> list[Grams]:
         """The batches of the clients beside further adapters, whose weights stay as they are."""
         weights = self.weights.new_tensor([weight for _, weight in more])
-        adapters = (*self.clients, *(adapter for adapter, _ in more))
+        adapters = (*self.counted, *(adapter for adapter, _ in more))
         return self._stacked(adapters, torch.cat([self.weights, weights]), joined=len(more))
 
     def _stacked(

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fedlora_kernels import robust as robust_rules
 from fedlora_kernels import rules
 from fedlora_kernels._aggregation import Aggregation, refuse_kinds
 from fedlora_kernels._delivery import HEADS
@@ -30,6 +31,7 @@ from fedlora_kernels.arrivals.sums import Sums
 from fedlora_kernels.gram_space.batches import ABSENT, stack
 from fedlora_kernels.gram_space.grams import Grams
 from fedlora_kernels.gram_space.report import ModuleReport, Report
+from fedlora_kernels.robust import Robust
 from fedlora_kernels.rules import Rule
 
 MEMORY_LIMIT = 1 << 30
@@ -62,11 +64,15 @@ class Stream:
             rule's own way, see :meth:`Round.aggregate`. Only heads that are averaged must agree.
         device: where the work is done; where the adapters are when None.
         magnitudes: "average" admits DoRA, see :class:`Round`; None refuses it.
+        robust: a robust rule of ``flk.robust``, or the name of one, that weighs the clients that
+            came before each result, see :meth:`Round.weighed`. It needs the clients, so not with a
+            rule of which only sums are kept.
         **options: of a rule given by name, see ``flk.rules.find(name).options()``.
 
     Raises:
-        ValueError: the rule is unknown, an option is out of range, or the state is of a stream of
-            another rule, options, ``absent``, ``heads`` or ``magnitudes``.
+        ValueError: the rule is unknown, an option is out of range, the state is of a stream of
+            another rule, options, ``absent``, ``heads``, ``magnitudes`` or ``robust``; or
+            ``robust`` does not go with the rule.
         TypeError: the rule has no such option.
         FileExistsError: the state is a file, or a folder of other things.
     """
@@ -82,6 +88,7 @@ class Stream:
         heads: str | None = None,
         device: torch.device | str | None = None,
         magnitudes: str | None = None,
+        robust: str | Robust | None = None,
         **options: Any,
     ) -> None:
         self.rule = rules.make(rule, **options)
@@ -90,6 +97,16 @@ class Stream:
             raise ValueError(f"absent must be one of {', '.join(ABSENT)}, found {absent!r}")
         if memory_limit < 1:
             raise ValueError(f"memory_limit must be at least 1 byte, found {memory_limit}")
+        self.robust = None if robust is None else robust_rules.make(robust)
+        """the robust rule with its options"""
+        if self.robust is not None:
+            self.robust.refuse(self.rule)
+            if self.rule.averages:
+                raise ValueError(
+                    f"a stream of rule {self.rule.name!r} keeps only sums, and robust rule "
+                    f"{self.robust.name!r} needs the inner products of all clients; use aggregate "
+                    "or Round with robust=, or a rule that does not only average"
+                )
         self._heads = heads or self.rule.heads
         if self._heads not in HEADS:
             raise ValueError(f"heads must be one of {', '.join(HEADS)}, found {heads!r}")
@@ -97,8 +114,14 @@ class Stream:
         self._memory_limit, self._copy = memory_limit, copy
         self._absent, self._device, self._magnitudes = absent, device, magnitudes
         self._room = max(1, memory_limit // SHARES)
-        settings = {"rule": repr(self.rule), "absent": absent, "heads": self._heads}
-        self._journal = Journal(self._state, {**settings, "magnitudes": magnitudes})
+        settings = {
+            "rule": repr(self.rule),
+            "absent": absent,
+            "heads": self._heads,
+            "magnitudes": magnitudes,
+            "robust": None if self.robust is None else repr(self.robust),
+        }
+        self._journal = Journal(self._state, settings)
         self._clients: list[Adapter] = []
         """of a rule that needs them again, mapped; as many as were asked for"""
         with self._journal.held():
@@ -201,7 +224,7 @@ class Stream:
             absent=self._absent,
             device=self._device,
             magnitudes=self._magnitudes,
-        ).aggregate(self.rule, **settings)
+        ).aggregate(self.rule, robust=self.robust, **settings)
 
     def _refuse_stranger(self, before: Adapter | None, client: Adapter, who: str) -> None:
         """Refuse a client that does not belong to those before it, or that the rule cannot

@@ -85,6 +85,16 @@ class Adapter:
         """Of VeRA, made when first asked for: averaging its vectors needs none of them."""
         return vera.pairs(self.vera, self.extras)
 
+    def scaled(self, factor: float) -> "Adapter":
+        """The adapter whose update is ``factor`` times this one's: the same tensors under other
+        scalings. The tensors beside the factors stay, and the config keeps its scaling.
+        """
+        factors = {
+            module: replace(item, scaling=item.scaling * factor)
+            for module, item in self.factors.items()
+        }
+        return Adapter(factors, self.config, extras=self.extras, name=self.name)
+
     @classmethod
     def load(cls, path: str | Path, *, pickled: bool = False) -> "Adapter":
         """Read a PEFT adapter folder, or a folder of mlx-lm, whose conversion is exact.

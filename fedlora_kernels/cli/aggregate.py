@@ -12,11 +12,12 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from fedlora_kernels import robust as robust_rules
 from fedlora_kernels import rules
 from fedlora_kernels.adapters import folder
 from fedlora_kernels.cli import screen
 from fedlora_kernels.cli.program import BadInput, bad_input, require_torch, require_writable
-from fedlora_kernels.cli.rule_options import NUMBERS, RuleCommand, given, numbers
+from fedlora_kernels.cli.rule_options import NUMBERS, ROBUST, RULES, RuleCommand, flag, numbers
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,12 @@ def _bytes(text: str) -> int:
     metavar=NUMBERS,
     help="The clients' weights, such as their numbers of examples, in the order of the clients.  "
     "[default: equal weights]",
+)
+@click.option(
+    "--robust",
+    metavar="NAME",
+    help="Weigh the clients by a robust rule first, so that a few cannot spoil the result: "
+    f"{', '.join(robust_rules.names())}.",
 )
 @click.option("--device", help="Where to compute: cpu, cuda, cuda:1, ...")
 @click.option(
@@ -130,6 +137,7 @@ def aggregate(
     out: str,
     rule: str,
     weights: Sequence[float] | None,
+    robust: str | None,
     device: str | None,
     absent: str,
     precision: str,
@@ -152,7 +160,8 @@ def aggregate(
     the base model, it is in DIR/residual.
     """
     require_torch()
-    options = given(context, rule)
+    options = RULES.given(context, rule)
+    guard = _robust(context, robust)
     _refuse_out(out, clients)
     place = None if device is None else _device(device)
 
@@ -163,6 +172,7 @@ def aggregate(
             adapters,
             rule=rule,
             weights=weights,
+            robust=guard,
             device=place,
             absent=absent,
             precision=precision,
@@ -184,6 +194,15 @@ def aggregate(
         screen.print_json(_described(result, out, seconds))
     else:
         _show(result, out, seconds, modules)
+
+
+def _robust(context: click.Context, name: str | None) -> robust_rules.Robust | None:
+    if name is not None:
+        with bad_input():
+            return robust_rules.make(name, **ROBUST.given(context, name))
+    for option in ROBUST.all_given(context):
+        raise BadInput(f"{flag(ROBUST.prefix + option)} needs --robust NAME")
+    return None
 
 
 def _tell(done: int, total: int) -> None:
@@ -252,6 +271,7 @@ def _described(result: "Aggregation", out: str, seconds: float) -> dict[str, Any
         "clients": [adapter.name for adapter in result.clients],
         **({"absent": lacking} if lacking else {}),
         **dict(_notes(result, out)),
+        **({} if result.weighing is None else {"robust": result.weighing.as_dict()}),
         "modules": report.as_dict(),
         "mean": {
             "rank": report.mean_rank,
@@ -278,6 +298,8 @@ def _show(result: "Aggregation", out: str, seconds: float, every_module: bool) -
         screen.show(console, _by_projection(report) if summed_up else _by_module(report))
     if result.curve:
         screen.show(console, _curve(result.curve))
+    if result.weighing is not None:
+        screen.show(console, _weighing(result.weighing))
     clients, modules = (
         screen.counted(len(result.clients), "client"),
         screen.counted(len(report), "module"),
@@ -376,6 +398,17 @@ def _by_projection(report: "Report") -> Table:
             values = [getattr(row, field) for row in rows]
             cells += [screen.share(_mean(values)), screen.share(max(values))]
         table.add_row(Text(name), str(len(rows)), *cells)
+    return table
+
+
+def _weighing(weighing: robust_rules.Weighing) -> Table:
+    numbers = ("norm", "weight given", "weight", "scale")
+    table = screen.table(
+        "", "client", numbers=numbers, title=f"Clients as {weighing.robust.title} weighs them"
+    )
+    for index, client in enumerate(weighing.clients):
+        values = (client.norm, client.given, client.weight, client.scale)
+        table.add_row(str(index), Text(client.name), *map(screen.number, values))
     return table
 
 

@@ -58,7 +58,8 @@ def inspect(
 
     Every DIR is a PEFT adapter folder or a folder of mlx-lm. The spectra are those of the ideal
     aggregate, the weighted sum of the clients' updates s_k B_k A_k; the similarity is the cosine
-    between two clients' updates over all modules.
+    between two clients' updates over all modules. A client is flagged if it is farther than twice
+    the median distance from the geometric median of all.
     """
     require_torch()
     from fedlora_kernels._inspect import ENERGIES
@@ -81,6 +82,8 @@ def inspect(
     if len(found.clients) > 1:
         few = len(found.clients) <= _MATRIX
         screen.show(console, _matrix(found) if few else _summary(found))
+        if found.outliers:
+            screen.show(console, _outliers(found))
     for note in found.notes:
         console.print(Text(f"Note: {note}"), soft_wrap=True)
     if plot is not None:
@@ -233,4 +236,22 @@ def _summary(found: "Inspection") -> Table:
             mean = sum(value for value, _ in others) / len(others)
             cells = [f"{mean:.3f}", f"{least:.3f}", str(far), f"{most:.3f}", str(near)]
         table.add_row(Text(f"{index} {client.name}"), *cells)
+    return table
+
+
+def _outliers(found: "Inspection") -> Table:
+    table = screen.table(
+        "client",
+        numbers=("norm", "cosine to the mean", "distance to the\ngeometric median", "flagged"),
+        title="Outliers",
+        caption="flagged: farther than twice the median distance; a reason to look, and no proof",
+    )
+    for index, (client, row) in enumerate(zip(found.clients, found.outliers, strict=True)):
+        table.add_row(
+            Text(f"{index} {client.name}"),
+            screen.number(row.norm),
+            _known(row.cosine, "{:.3f}".format),
+            screen.number(row.distance),
+            "yes" if row.flagged else "no",
+        )
     return table

@@ -2,34 +2,94 @@
 
 A new rule's options appear here without a change: `max_rank: int | None` becomes
 `--max-rank INTEGER`, a bool `--name/--no-name`, a sequence of numbers `0.8,0.9`. The help is the
-option's own.
+option's own. Those of the robust rules begin with `--robust-`.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
-from fedlora_kernels import rules
+from fedlora_kernels import robust, rules
+from fedlora_kernels._options import Option, Registry
 from fedlora_kernels.cli.program import BadInput
-from fedlora_kernels.rules import Option
 
 NUMBERS = "NUMBER,NUMBER,..."
 _GIVEN = "fedlora_kernels.rule_options"
 
 
+@dataclass(frozen=True)
+class Flags:
+    """The options of all objects of a registry, as flags that share a prefix."""
+
+    title: str
+    registry: Registry[Any]
+    prefix: str = ""
+
+    @cached_property
+    def owners(self) -> dict[str, dict[str, Option]]:
+        """Option name -> rule name -> the option, over all rules."""
+        owners: dict[str, dict[str, Option]] = {}
+        for rule, kind in self.registry.kinds.items():
+            for name, item in kind.options().items():
+                owners.setdefault(name, {})[rule] = item
+        return owners
+
+    @cached_property
+    def options(self) -> tuple[click.Option, ...]:
+        """One flag per option name over all rules.
+
+        Raises:
+            TypeError: two rules give one name to options of different types.
+        """
+        return tuple(_option(self.prefix + name, owners) for name, owners in self.owners.items())
+
+    def given(self, context: click.Context, rule: str) -> dict[str, Any]:
+        """The rule's options as the user gave them.
+
+        Raises:
+            BadInput: there is no such rule, or it lacks one of the options.
+        """
+        try:
+            kind = self.registry.find(rule)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+        found, own = self.all_given(context), kind.options()
+        for name in found:
+            if name not in own:
+                owners = ", ".join(self.owners[name])
+                known = ", ".join(flag(self.prefix + other) for other in own) or "none"
+                raise BadInput(
+                    f"{kind.noun} {rule!r} has no option {flag(self.prefix + name)} (it belongs "
+                    f"to {owners}); its options: {known}"
+                )
+        return found
+
+    def all_given(self, context: click.Context) -> dict[str, Any]:
+        """The options that the user gave, whosever they are."""
+        values = context.meta[_GIVEN]
+        names = ((name, self.prefix + name) for name in self.owners)
+        return {name: values[flagged] for name, flagged in names if values[flagged] is not None}
+
+
+RULES = Flags("Options of the rules", rules.registry)
+ROBUST = Flags("Options of the robust rules", robust.registry, "robust_")
+
+
 class RuleCommand(click.Command):
-    """A command that takes the options of all rules beside its own; see :func:`given`."""
+    """A command that takes the options of all rules beside its own; see :meth:`Flags.given`."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters and the rules' options."""
-        return [*super().get_params(ctx), *rule_options()]
+        return [*super().get_params(ctx), *RULES.options, *ROBUST.options]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The command's own options, then the rules'."""
-        sections = {"Options": super().get_params(ctx), "Options of the rules": rule_options()}
+        sections: dict[str, Sequence[click.Parameter]] = {"Options": super().get_params(ctx)}
+        sections |= {flags.title: flags.options for flags in (RULES, ROBUST)}
         for title, parameters in sections.items():
             options = [item for item in parameters if isinstance(item, click.Option)]
             records = [option.get_help_record(ctx) for option in options]
@@ -39,30 +99,9 @@ class RuleCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Hand the rules' options over beside the command's parameters."""
-        values = {str(option.name): ctx.params.pop(str(option.name)) for option in rule_options()}
-        ctx.meta[_GIVEN] = {name: value for name, value in values.items() if value is not None}
+        names = [str(option.name) for option in (*RULES.options, *ROBUST.options)]
+        ctx.meta[_GIVEN] = {name: ctx.params.pop(name) for name in names}
         return super().invoke(ctx)
-
-
-def given(context: click.Context, rule: str) -> dict[str, Any]:
-    """The rule's options as the user gave them.
-
-    Raises:
-        BadInput: there is no such rule, or it lacks one of the options.
-    """
-    try:
-        own = rules.find(rule).options()
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-    options: dict[str, Any] = context.meta[_GIVEN]
-    for name in options:
-        if name not in own:
-            owners = ", ".join(_owners()[name])
-            raise BadInput(
-                f"rule {rule!r} has no option {flag(name)} (it belongs to {owners}); its options: "
-                f"{', '.join(map(flag, own)) or 'none'}"
-            )
-    return options
 
 
 def numbers(text: str, kind: Callable[[str], float] = float) -> tuple[float, ...]:
@@ -89,25 +128,6 @@ def integers(text: str) -> tuple[float, ...]:
 def flag(name: str) -> str:
     """`max_rank` -> `--max-rank`."""
     return "--" + name.replace("_", "-")
-
-
-def _owners() -> dict[str, dict[str, Option]]:
-    """Option name -> rule name -> the option, over all rules."""
-    owners: dict[str, dict[str, Option]] = {}
-    for rule in rules.names():
-        for name, item in rules.find(rule).options().items():
-            owners.setdefault(name, {})[rule] = item
-    return owners
-
-
-@cache
-def rule_options() -> tuple[click.Option, ...]:
-    """One flag per option name over all rules.
-
-    Raises:
-        TypeError: two rules give one name to options of different types.
-    """
-    return tuple(_option(name, owners) for name, owners in _owners().items())
 
 
 def _option(name: str, owners: dict[str, Option]) -> click.Option:

@@ -9,6 +9,7 @@ The matrices are computed when something asks for one of them: a rule that only 
 """
 
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from fedlora_kernels import ops
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.gram_space.batches import Batch
 from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
+
+RUN = 16
+"""Ranks whose inner products are summed up by client at once: a client or more."""
 
 
 class Spectrum:
@@ -248,10 +252,26 @@ class Grams:
 
     @cached_property
     def client_products(self) -> Tensor:
-        """<dW_j, dW_k> of the clients' own updates s_k B_k A_k: [L,K,K] float64."""
-        membership = self.membership
-        products = membership.T @ self.products @ membership
-        return self.scalings[:, :, None] * products * self.scalings[:, None, :]
+        """<dW_j, dW_k> of the clients' own updates s_k B_k A_k: [L,K,K] float64.
+
+        A run of clients against those before it at a time: half of the matrices is read.
+        """
+        (b, a), membership = self.matrices, self.membership
+        found = b.new_zeros(len(self.modules), len(self.ranks), len(self.ranks))
+        first = start = 0
+        for last, end in enumerate(accumulate(self.ranks)):
+            if end - start >= RUN or end == self.stacked_rank:
+                place = (slice(None), slice(start, end), slice(end))
+                by_client = (b[place] * a[place]) @ membership[:end]
+                own = membership[start:end, first : last + 1]
+                found[:, first : last + 1] = own.mT @ by_client
+                first, start = last + 1, end
+        whole = found.tril() + found.tril(-1).mT
+        return self.scalings[:, :, None] * whole * self.scalings[:, None, :]
+
+    def adopt(self, other: "Grams") -> None:
+        """Take over what another's pass over the same factors found, weights and scalings aside."""
+        self._matrices = other._matrices
 
     @cached_property
     def membership(self) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from fedlora_kernels.gram_space.coefficients import Solution
 from fedlora_kernels.gram_space.grams import Grams, Spectrum
 from fedlora_kernels.ops._spectrum import negligible
+
+if TYPE_CHECKING:
+    from fedlora_kernels.robust import Weighing
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Report(dict[str, ModuleReport]):
 
     note: str = ""
     """what the rule says about its result beside the numbers (:attr:`Rule.note`)"""
+    weighing: "Weighing | None" = None
+    """how much each client counted, where a robust rule weighed them"""
 
     @property
     def relative_error(self) -> float:

@@ -113,6 +113,28 @@ class Wide(Grams):
         return total
 
     @cached_property
+    def client_products(self) -> Tensor:
+        """<dW_j, dW_k>, [1,K,K], a run of clients against a run at a time: no R x R matrix.
+
+        Raises:
+            AdapterError: as :attr:`matrices` does.
+        """
+        self.batch.refuse_changes()
+        membership = self.membership
+        squares_b, squares_a = torch.zeros_like(self.scale[0]), torch.zeros_like(self.scale[0])
+        found = membership.new_zeros(len(self.ranks), len(self.ranks))
+        for place, b, a in self._runs():
+            squares_b[place], squares_a[place] = b.square().sum(0), a.square().sum(1)
+            for before, other_b, other_a in self._runs():
+                block = (b.mT @ other_b).mul_(a @ other_a.mT)
+                found += membership[place].mT @ block @ membership[before]
+                if before == place:
+                    break
+        self._refuse_overflow(squares_b[None], squares_a[None])
+        whole = found.tril() + found.tril(-1).mT
+        return self.scalings[:, :, None] * whole * self.scalings[:, None, :]
+
+    @cached_property
     def energy(self) -> Tensor:
         """||dW||^2, and 0 where the clients cancel to rounding: [1] float64."""
         squared: Tensor = torch.linalg.vector_norm(self.update).square()[None]

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fedlora_kernels import robust as robust_rules
 from fedlora_kernels import rules
 from fedlora_kernels._aggregation import Aggregation
 from fedlora_kernels._delivery import Delivery
@@ -34,6 +35,7 @@ from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.kinds import experts
 from fedlora_kernels.adapters.peft_format import Config, label
 from fedlora_kernels.adapters.scratch import mapped_tensors
+from fedlora_kernels.robust import Robust
 from fedlora_kernels.rules import Rule
 
 Client = int | str
@@ -87,10 +89,13 @@ class Exchange:
         memory_limit: as for :class:`fedlora_kernels.Round`. What clients send is then put into
             unnamed files when it is received, and mapped.
         scratch: folder for those files; the system's temporary folder when None.
+        robust: a robust rule of ``flk.robust``, or the name of one, that weighs the clients.
+        robust_options: of a robust rule given by name.
 
     Raises:
-        ValueError: the rule is unknown, an option is out of range, or memory_limit is under 1.
-        TypeError: the rule has no such option; or rule is neither a name nor a rule.
+        ValueError: the rule or the robust rule is unknown, an option is out of range, the robust
+            rule's weights do not reach the rule, or memory_limit is under 1.
+        TypeError: there is no such option; or rule is neither a name nor a rule.
         AdapterError: the file cannot be read, or is that of another rule.
     """
 
@@ -109,6 +114,8 @@ class Exchange:
         state: str | Path | None = None,
         memory_limit: int | None = None,
         scratch: str | Path | None = None,
+        robust: str | Robust | None = None,
+        robust_options: Mapping[str, Any] | None = None,
     ) -> None:
         if memory_limit is not None and memory_limit < 1:
             raise ValueError(f"memory_limit must be at least 1 byte, found {memory_limit}")
@@ -117,6 +124,13 @@ class Exchange:
         if not isinstance(rule, (str, Rule)):
             raise TypeError(f"rule must be a rule or the name of one, found {rule!r}")
         self.rule = rules.make(rule, **(options or {}))
+        self.robust = None
+        """the robust rule that weighs the clients, if any"""
+        if robust is not None:
+            self.robust = robust_rules.make(robust, **(robust_options or {}))
+            self.robust.refuse(self.rule)
+        elif robust_options:
+            raise TypeError(f"robust_options are given, and no robust rule: {robust_options}")
         self.round = 0
         """how many rounds are finished"""
         self.lost: dict[Client, str] = {}
@@ -237,7 +251,7 @@ class Exchange:
                     weights=[weights[client] for client in adapters],
                     **self._round_settings,
                 )
-                result = round_.aggregate(self.rule, carried=self._carried)
+                result = round_.aggregate(self.rule, carried=self._carried, robust=self.robust)
             except AdapterError as error:
                 client = _blamed(str(error), adapters)
                 if client is None:
@@ -425,8 +439,10 @@ class Exchange:
 
     # ---- figures -------------------------------------------------------------------------------
 
-    def figures(self) -> dict[str, float]:
-        """Of the last round: error, floor, rank, bytes; the report may take a pass of its own."""
+    def figures(self) -> dict[str, Any]:
+        """Of the last round: error, floor, rank, bytes; the report may take a pass of its own.
+        Where a robust rule weighed the clients, their weights, in the order of the clients.
+        """
         result = self.result
         assert result is not None
         report = result.report
@@ -437,6 +453,7 @@ class Exchange:
             "bytes-up": sum(result.bytes_up),
             "bytes-down": sum(result.bytes_down),
             "clients": len(result.clients),
+            **({} if result.weighing is None else {"robust-weights": result.weighing.weights}),
         }
 
 

@@ -43,6 +43,7 @@ from torch import Tensor
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.interop.exchange import CONFIG, MERGES, Reply, RuleServer, read_config
+from fedlora_kernels.robust import Robust
 from fedlora_kernels.rules import Rule
 
 RAW = "raw.le"
@@ -70,7 +71,8 @@ class LoraStrategy(FedAvg, RuleServer[int]):
     config the ranks must be equal, and one common scaling is assumed, which cancels.
 
     The metrics of a round are the clients' own averages and, of the aggregation, relative-error,
-    svd-floor, rank, bytes-up, bytes-down, clients and lost-nodes.
+    svd-floor, rank, bytes-up, bytes-down, clients and lost-nodes; with ``robust`` also
+    robust-weights, of the nodes that are not lost, in their order.
 
     Args:
         rule: a rule of ``flk.rules``, or the name of one; the command line's when None.
@@ -81,10 +83,14 @@ class LoraStrategy(FedAvg, RuleServer[int]):
         magnitudes: "average" admits DoRA, see :class:`fedlora_kernels.Round`; None refuses it.
         state: a file, written after every round, from which a server that is started again goes on;
             Flower keeps nothing.
+        robust: a robust rule of ``flk.robust``, or the name of one, that weighs the nodes: see
+            :meth:`Round.weighed`.
+        robust_options: of a robust rule given by name.
         **fedavg: the arguments of Flower's FedAvg.
 
     Raises:
-        ValueError: the rule is unknown, or an option is out of range.
+        ValueError: the rule or the robust rule is unknown, an option is out of range, or the robust
+            rule's weights do not reach the rule.
         TypeError: the rule has no such option, or FedAvg has no such argument. The arguments of
             FedAdam, FedAvgM and other server optimizers are among these.
     """
@@ -99,6 +105,8 @@ class LoraStrategy(FedAvg, RuleServer[int]):
         device: torch.device | str | None = None,
         magnitudes: str | None = None,
         state: str | Path | None = None,
+        robust: str | Robust | None = None,
+        robust_options: Mapping[str, Any] | None = None,
         **fedavg: Any,
     ) -> None:
         known = inspect.signature(FedAvg.__init__).parameters
@@ -120,6 +128,8 @@ class LoraStrategy(FedAvg, RuleServer[int]):
             device=device,
             magnitudes=magnitudes,
             state=state,
+            robust=robust,
+            robust_options=robust_options,
         )
         self._before = 0
         """the rounds of the runs before, where this one goes on from a file"""
@@ -305,6 +315,8 @@ class LoraStrategy(FedAvg, RuleServer[int]):
     def summary(self) -> None:
         """Log the rule beside FedAvg's own settings."""
         LOG.info(f"\t├──> Rule: {self.exchange.rule!r}")
+        if self.exchange.robust is not None:
+            LOG.info(f"\t├──> Robust rule: {self.exchange.robust!r}")
         super().summary()
 
 

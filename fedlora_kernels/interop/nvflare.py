@@ -42,6 +42,7 @@ from fedlora_kernels.adapters import peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.interop.exchange import CONFIG, MERGES, Reply, RuleServer, read_config
+from fedlora_kernels.robust import Robust
 from fedlora_kernels.rules import Rule
 
 TRAINS, MERGED = "trains", "merged"
@@ -62,7 +63,8 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
     equal, and one common scaling is assumed, which cancels.
 
     The metrics of a round are the sites' own averages and, of the aggregation, relative-error,
-    svd-floor, rank, bytes-up, bytes-down, clients and lost-sites.
+    svd-floor, rank, bytes-up, bytes-down, clients and lost-sites; with ``robust`` also
+    robust-weights, of the sites that are not lost, in their order.
 
     Args:
         rule: a rule of ``flk.rules``, or the name of one; the command line's when None.
@@ -80,9 +82,13 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
             mapped, so that memory does not grow with the sites. The aggregate has the same bits
             with every limit. No limit when None.
         scratch: folder of the server for those files; the system's temporary folder when None.
+        robust: a robust rule of ``flk.robust``, or the name of one, that weighs the sites: see
+            :meth:`Round.weighed`.
+        robust_options: of a robust rule given by name.
 
     Raises:
-        ValueError: the rule is unknown, an option is out of range, or memory_limit is under 1.
+        ValueError: the rule or the robust rule is unknown, an option is out of range, the robust
+            rule's weights do not reach the rule, or memory_limit is under 1.
         TypeError: the rule has no such option.
         AdapterError: the state cannot be read, or is that of another rule.
     """
@@ -103,6 +109,8 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
         state: str | None = None,
         memory_limit: int | None = None,
         scratch: str | None = None,
+        robust: str | Robust | None = None,
+        robust_options: Mapping[str, Any] | None = None,
     ) -> None:
         ModelAggregator.__init__(self)
         config = None if adapter_config is None else dict(peft_format.plain(adapter_config))
@@ -119,15 +127,14 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
             state=state,
             memory_limit=memory_limit,
             scratch=scratch,
+            robust=robust,
+            robust_options=robust_options,
         )
         # NVFlare writes a job's arguments as JSON, from attributes of their names.
-        made = self.exchange.rule
-        self.rule = made.name
-        self.rule_options = {
-            name: getattr(made, name)
-            for name, option in made.options().items()
-            if getattr(made, name) != option.default
-        }
+        made, guard = self.exchange.rule, self.exchange.robust
+        self.rule, self.rule_options = made.name, made.given
+        self.robust = None if guard is None else guard.name
+        self.robust_options = None if guard is None else guard.given
         self.adapter_config, self.same_base = config, same_base
         self.weighted_by_key, self.device, self.state = weighted_by_key, device, state
         self.memory_limit, self.scratch, self.magnitudes = memory_limit, scratch, magnitudes

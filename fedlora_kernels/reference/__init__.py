@@ -6,7 +6,7 @@ here works on the dense update or on factors recovered from the Gram matrices by
 no arguments (the operators' Python faces do) and loop over modules in Python where that is clearer.
 """
 
-from fedlora_kernels.reference import rules
+from fedlora_kernels.reference import robust, rules
 from fedlora_kernels.reference._combine import combine
 from fedlora_kernels.reference._flora_na import flora_na
 from fedlora_kernels.reference._gram import gram
@@ -20,6 +20,7 @@ __all__ = [
     "combine",
     "flora_na",
     "gram",
+    "robust",
     "rules",
     "select_rank",
     "spectrum",

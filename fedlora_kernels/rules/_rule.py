@@ -7,10 +7,11 @@ Everybody else (registry, command line, harness, tables) asks the rule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from fedlora_kernels._options import Named, Option, option
 from fedlora_kernels.adapters.error import AdapterError
 
 if TYPE_CHECKING:
@@ -21,29 +22,14 @@ if TYPE_CHECKING:
     from fedlora_kernels.gram_space.grams import Grams
 
 
-R = TypeVar("R", bound="Rule")
-
-
-class Option(NamedTuple):
-    """One option of a rule."""
-
-    kind: Any
-    """its type, as annotated"""
-    default: Any
-    help: str
-
-
-def option(default: Any, help: str) -> Any:  # noqa: A002 - what it is called everywhere
-    """A field of a rule that is an option: its default, and what it means in one sentence."""
-    return field(default=default, metadata={"help": help})
+__all__ = ["Option", "Rule", "at_least_one", "option"]
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Named):
     """An aggregation rule. Subclasses live in ``rules/<name>.py``."""
 
-    name: ClassVar[str]
-    """its name in the registry: that of its file"""
+    noun = "rule"
     title: ClassVar[str]
     paper: ClassVar[str]
     """arXiv number, or a DOI"""
@@ -105,7 +91,6 @@ class Rule:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = cls.__dict__.get("name", cls.__module__.rpartition(".")[2])
         cls.personal = cls.receives == "own"
 
     def solve(self, grams: Grams) -> Solution:
@@ -126,6 +111,11 @@ class Rule:
         """Whether the result is nothing but the weighted means of the clients' factors, by the
         weights as given. A mean of means is the mean of all, so running sums are enough for it.
         """
+        return False
+
+    @property
+    def reweighs(self) -> bool:
+        """Whether clients count by something else than their weights, of which only 0 matters."""
         return False
 
     @property
@@ -184,25 +174,6 @@ class Rule:
             size: (m, n) of the module.
         """
         return max(ranks)
-
-    @classmethod
-    def options(cls) -> Mapping[str, Option]:
-        """The rule's options by name."""
-        kinds = get_type_hints(cls)
-        return {
-            item.name: Option(kinds[item.name], item.default, item.metadata["help"])
-            for item in fields(cls)
-            if "help" in item.metadata and item.default is not MISSING
-        }
-
-    @classmethod
-    def with_options(cls: type[R], given: Mapping[str, Any]) -> R:
-        """The rule with these options; raises TypeError for one that it does not have."""
-        for name in given:
-            if name not in cls.options():
-                known = ", ".join(cls.options()) or "none"
-                raise TypeError(f"rule {cls.name!r} has no option {name!r}; its options: {known}")
-        return cls(**given)
 
     def equal_rank(self, grams: Grams) -> None:
         """Refuse clients of different ranks; what a rule with memory joins may have any.

@@ -67,6 +67,11 @@ class HetLoRA(Rule):
         return Solution(padded(grams, per_rank_b, per_rank_a))
 
     @property
+    def reweighs(self) -> bool:
+        """By the norms of their updates."""
+        return self.norm_weighted
+
+    @property
     def joint(self) -> bool:
         """One norm over all modules."""
         return self.norm_weighted and not self.per_module

@@ -421,8 +421,8 @@ def test_a_new_rules_options_appear_by_themselves(here, monkeypatch):
         def solve(self, grams):
             raise ValueError(f"got {self.warm_up} {self.ranks} {self.mode}")
 
-    monkeypatch.setitem(flk.rules._RULES, "new", New)
-    rule_options.rule_options.cache_clear()
+    monkeypatch.setitem(flk.rules.registry.kinds, "new", New)
+    read_anew()
     try:
         text = " ".join(run("aggregate", "--help").out.split())
         assert "--warm-up / --no-warm-up new: start slowly, and go on" in text
@@ -433,7 +433,34 @@ def test_a_new_rules_options_appear_by_themselves(here, monkeypatch):
         )
         assert "--warm-up --ranks --mode" in run("rules").out
     finally:
-        rule_options.rule_options.cache_clear()
+        read_anew()
+
+
+def read_anew():
+    """Forget the flags of the rules that there were."""
+    for name in ("owners", "options"):
+        vars(rule_options.RULES).pop(name, None)
+
+
+def test_robust_rules_and_their_options(here):
+    arguments = ["a", "b", "c", "--rule", "florist", "--energy", "1", "--out", "g", "--json"]
+    result = run("aggregate", *arguments, "--robust", "trimmed", "--robust-attackers", "1")
+    assert (result.code, result.err) == (0, "")
+    found = json.loads(result.out)["robust"]
+    clients = [flk.Adapter.load(name) for name in "abc"]
+    robust = flk.robust.Trimmed(attackers=1)
+    expected = flk.aggregate(clients, rule="florist", energy=1.0, robust=robust)
+    assert [client["name"] for client in found["clients"]] == ["a", "b", "c"]
+    assert [client["weight"] for client in found["clients"]] == expected.weighing.weights
+    assert found["options"] == {"attackers": 1, "by": "neighbors"}
+    assert json.loads((here / "g" / "report.json").read_text())["robust"] == found
+    shown = run("aggregate", *arguments[:-1], "--robust", "clip", "--robust-norm", "1e-3").out
+    assert "Clients as norm clipping weighs them" in shown
+    text = " ".join(run("aggregate", "--help").out.split())
+    for name in flk.robust.names():
+        assert name in text
+        for option in flk.robust.find(name).options():
+            assert "--robust-" + option.replace("_", "-") in text
 
 
 def test_the_choices_are_the_librarys():
@@ -455,6 +482,27 @@ BAD = {
     "another-rules-option": (
         ["a", "b", "--out", "g", "--rule", "flora", "--energy", "0.9"],
         "rule 'flora' has no option --energy (it belongs to florist); its options: none",
+    ),
+    "unknown-robust-rule": (
+        ["a", "b", "--out", "g", "--robust", "mean"],
+        "unknown robust rule 'mean'; expected one of",
+    ),
+    "another-robust-rules-option": (
+        ["a", "b", "--out", "g", "--robust", "krum", "--robust-norm", "1"],
+        "robust rule 'krum' has no option --robust-norm (it belongs to clip); its options: "
+        "--robust-attackers",
+    ),
+    "robust-option-alone": (
+        ["a", "b", "--out", "g", "--robust-norm", "1"],
+        "--robust-norm needs --robust NAME",
+    ),
+    "robust-too-few": (
+        ["a", "b", "--out", "g", "--robust", "krum"],
+        "2 clients of positive weight: krum with attackers=0 needs at least",
+    ),
+    "robust-does-not-reach": (
+        ["a", "b", "--out", "g", "--rule", "fedsa", "--robust", "clip"],
+        "robust rule 'clip' scales B, and rule 'fedsa' aggregates A alone",
     ),
     "energy-out-of-range": (["a", "b", "--out", "g", "--energy", "1.5"], "energy must lie in"),
     "energy-nan": (["a", "b", "--out", "g", "--energy", "nan"], "energy must lie in"),
@@ -621,6 +669,14 @@ def test_inspect_prints_adapters_spectra_and_similarities(here):
         assert row[5] == f"{projection.norm:.4g}"
     (row,) = [row for row in rows if row[:2] == ["1", "b"] and len(row) == 5]
     assert row[2:] == [f"{value:.3f}" for value in found.similarity[1]]
+    (row,) = [row for row in rows if row[:2] == ["1", "b"] and row[-1] in ("yes", "no")]
+    standing = found.outliers[1]
+    assert row[2:] == [
+        f"{standing.norm:.4g}",
+        f"{standing.cosine:.3f}",
+        f"{standing.distance:.4g}",
+        "yes" if standing.flagged else "no",
+    ]
     assert "Note: client 2 (c): 2 modules are absent: model.layers.0.mlp.down_proj" in result.out
     listed = run("inspect", "a", "--modules", "--energy", "0.5").out
     assert "model.layers.1.self_attn.v_proj" in listed
@@ -636,6 +692,7 @@ def test_inspect_json_is_the_inspection(here):
     )
     assert printed["similarity"] == [list(row) for row in expected.similarity]
     assert [client["weight"] for client in printed["clients"]] == [0.75, 0.25]
+    assert printed["outliers"] == [vars(standing) for standing in expected.outliers]
     for module, spectrum in expected.modules.items():
         row = printed["modules"][module]
         assert row["sigma"] == list(spectrum.sigma)
@@ -647,7 +704,7 @@ def test_inspect_sums_up_the_similarities_of_many_clients(here, monkeypatch):
     monkeypatch.setattr(CLI["inspect"], "_MATRIX", 2)
     lines = run("inspect", "a", "b", "d").out.splitlines()
     similarity = inspect([flk.Adapter.load(name) for name in "abd"]).similarity
-    (row,) = [line.split() for line in lines if line.split()[:2] == ["0", "a"]][1:]
+    (row,) = [line.split() for line in lines if line.split()[:2] == ["0", "a"]][1:2]
     others = {index: similarity[0][index] for index in (1, 2)}
     least, most = min(others, key=others.get), max(others, key=others.get)
     assert row[2:] == [

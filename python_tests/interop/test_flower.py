@@ -368,6 +368,30 @@ def test_a_round_without_any_client_is_an_error():
     assert made.exchange.round == 0
 
 
+@pytest.mark.parametrize("robust", [flk.robust.Trimmed(attackers=1), "clip"], ids=repr)
+def test_robust_weights_are_those_of_aggregate(robust):
+    drawn = draw(alphas=(4, 400, 4))
+    made = strategy("florist", robust=robust)
+    _, result = run(made, answers(drawn), drawn.adapters[0])
+    expected = drawn.aggregate("florist", robust=robust)
+    assert made.result.weighing.weights == expected.weighing.weights
+    assert result.train_metrics_clientapp[1]["robust-weights"] == expected.weighing.weights
+    assert_same(made.result.adapter.state_dict(), expected.adapter.state_dict())
+
+
+def test_robust_rules_that_do_not_fit():
+    with pytest.raises(ValueError, match="unknown robust rule 'mean'"):
+        LoraStrategy(rule="florist", robust="mean")
+    with pytest.raises(ValueError, match="scales B"):
+        LoraStrategy(rule="fedsa", robust="clip")
+    with pytest.raises(TypeError, match="no robust rule"):
+        LoraStrategy(rule="florist", robust_options={"attackers": 1})
+    drawn = draw()
+    made = strategy("florist", robust="krum", robust_options={"attackers": 1})
+    with pytest.raises(AggregationError, match="3 clients of positive weight: krum"):
+        run(made, answers(drawn), drawn.adapters[0])
+
+
 def test_a_strategy_is_called_directly():
     """Nothing was sent: the layout that most replies have counts."""
     round_ = draw()

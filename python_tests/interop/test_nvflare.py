@@ -127,6 +127,15 @@ def test_the_result_is_that_of_aggregate(rule, ranks, dtype):
     }
 
 
+def test_robust_weights_are_those_of_aggregate():
+    drawn = draw(alphas=(4, 400, 4))
+    made = LoraAggregator("florist", robust="trimmed", robust_options={"attackers": 1})
+    _, model = run(made, answers(drawn), drawn.adapters[0].state_dict())
+    expected = drawn.aggregate("florist", robust=flk.robust.Trimmed(attackers=1))
+    assert model.metrics["robust-weights"] == expected.weighing.weights
+    assert_same(made.result.adapter.state_dict(), expected.adapter.state_dict())
+
+
 def test_numpy_arrays_come_and_go():
     """The recipe's default exchange."""
     round_ = draw()
@@ -386,7 +395,8 @@ def test_a_job_holds_the_aggregators_arguments(rule, tmp_path):
         "weighted_by_key": "n",
         "magnitudes": "average",
     }
-    made = LoraAggregator(rule, memory_limit=10**9, scratch="/var/tmp", **given)
+    more = {"memory_limit": 10**9, "scratch": "/var/tmp", "robust": flk.robust.Krum(attackers=2)}
+    made = LoraAggregator(rule, **more, **given)
     (tmp_path / "client.py").touch()
     recipe = FedAvgRecipe(
         model={"class_path": "torch.nn.Linear", "args": {"in_features": 2, "out_features": 2}},
@@ -403,6 +413,7 @@ def test_a_job_holds_the_aggregators_arguments(rule, tmp_path):
     assert again.exchange.rule == made.exchange.rule
     assert {name: getattr(again, name) for name in given} == given
     assert (again.memory_limit, again.scratch) == (10**9, "/var/tmp")
+    assert again.exchange.robust == flk.robust.Krum(attackers=2)
 
 
 def test_unknown_rules_and_options():

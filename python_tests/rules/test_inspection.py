@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from fedlora_kernels import Adapter, AdapterError, plot
+from fedlora_kernels import Adapter, AdapterError, plot, reference
 from fedlora_kernels._inspect import ENERGIES, Inspection, inspect, projection_names
 
 EPS = torch.finfo(torch.float64).eps
@@ -77,6 +77,34 @@ def test_spectra_are_those_of_the_dense_aggregate(clients):
         shares = sigma.square().cumsum(0) / sigma.square().sum()
         for energy in ENERGIES:
             assert spectrum.ranks[energy] == int((shares < energy).sum()) + 1
+
+
+def test_outliers_are_those_of_the_dense_updates():
+    clients = [lora(seed, 3, start=9) for seed in range(7)]
+    clients[2] = lora(2, 3, start=9, lora_alpha=600)
+    weights = torch.tensor([1.0, 2, 1, 1, 3, 1, 0], dtype=torch.float64)
+    found = inspect(clients, weights=weights.tolist())
+    points = torch.stack(
+        [torch.cat([dense(client, module).flatten() for module in SIZES]) for client in clients]
+    )
+    mean = weights @ points / weights.sum()
+    median = reference.robust.median_point(points[:6], weights[:6])
+    distances = (points - median).norm(dim=1)
+    for k, row in enumerate(found.outliers):
+        assert row.norm == pytest.approx(float(points[k].norm()), rel=1e-9)
+        cosine = points[k] @ mean / points[k].norm() / mean.norm()
+        assert row.cosine == pytest.approx(float(cosine), rel=1e-9)
+        assert row.distance == pytest.approx(float(distances[k]), rel=1e-6)
+        assert row.flagged == (k == 2)
+
+
+def test_few_or_equal_clients_are_not_flagged():
+    assert [row.flagged for row in inspect([lora(1, 2), lora(2, 2)]).outliers] == [False, False]
+    (only_one,) = inspect([lora(1, 2)]).outliers
+    assert (only_one.distance, only_one.flagged) == (0, False)
+    for rows in (inspect([lora(1, 2)] * 3).outliers, inspect([lora(1, 2, zero=True)] * 3).outliers):
+        assert [(row.distance, row.flagged) for row in rows] == [(0, False)] * 3
+    assert inspect([vera(1, False)]).outliers == ()
 
 
 def test_similarity_is_the_cosine_of_the_dense_updates(clients):

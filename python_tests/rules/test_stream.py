@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from anonymous import peak
+from attacks import attacked
 from federation import (
     CASES,
     EPS,
@@ -112,6 +113,27 @@ def test_a_result_in_between_is_of_those_that_came(rule: str, absent: str, tmp_p
         some = Federation(drawn.drawn[: k + 1], drawn.adapters[: k + 1], drawn.weights[: k + 1])
         assert_same(stream.result(), some.aggregate(rule, absent=absent), some)
     assert len(stream) == len(drawn.adapters)
+
+
+@pytest.mark.parametrize("robust", flk.robust.names())
+def test_robust_weights_are_those_of_aggregate(robust: str, tmp_path: Path) -> None:
+    found = attacked("scale by 100", 2)
+    for rule in ("florist", "flora_na"):
+        stream = streamed(tmp_path / rule, found.round_, rule, robust=robust)
+        expected = found.round_.aggregate(rule, robust=robust)
+        result = stream.result()
+        assert_same(result, expected, found.round_)
+        assert result.weighing.weights == pytest.approx(expected.weighing.weights, rel=1e-6)
+        assert result.weighing.scales == pytest.approx(expected.weighing.scales, rel=1e-9)
+
+
+def test_robust_weights_need_the_clients(tmp_path: Path) -> None:
+    for rule in ("fedit", "ffa", "fedsa"):
+        with pytest.raises(ValueError, match=f"a stream of rule '{rule}' keeps only sums"):
+            flk.Stream(rule, state=tmp_path / "s", robust="krum")
+    flk.Stream("florist", state=tmp_path / "s", robust="krum")
+    with pytest.raises(ValueError, match=r"holds a stream of robust Krum\(attackers=None\)"):
+        flk.Stream("florist", state=tmp_path / "s")
 
 
 def test_heads_are_averaged(tmp_path: Path) -> None:
