@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedlora_kernels._aggregation import Aggregation
     from fedlora_kernels._delivery import Delivery
     from fedlora_kernels._inspect import Inspection, inspect
+    from fedlora_kernels._merge import Merged, merge
     from fedlora_kernels._round import Round
     from fedlora_kernels._stream import Stream
     from fedlora_kernels.adapters.adapter import Adapter
@@ -41,6 +42,7 @@ __all__ = [
     "Delivery",
     "Factors",
     "Inspection",
+    "Merged",
     "ModuleReport",
     "Report",
     "Round",
@@ -50,6 +52,7 @@ __all__ = [
     "backend",
     "backends",
     "inspect",
+    "merge",
     "ops",
     "rules",
 ]
@@ -63,6 +66,7 @@ _WHERE = {
     "Delivery": "_delivery",
     "Factors": "adapters.factors",
     "Inspection": "_inspect",
+    "Merged": "_merge",
     "ModuleReport": "gram_space.report",
     "Report": "gram_space.report",
     "Round": "_round",
@@ -72,6 +76,7 @@ _WHERE = {
     "backend": "backends",
     "backends": "backends",
     "inspect": "_inspect",
+    "merge": "_merge",
     "ops": "ops",
     "rules": "rules",
 }

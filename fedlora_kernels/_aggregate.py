@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,9 +11,12 @@ from fedlora_kernels._round import Round
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.rules import Rule
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def aggregate(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Adapter | str | Path],
     *,
     rule: str | Rule,
     weights: Sequence[float] | None = None,
@@ -28,6 +31,7 @@ def aggregate(
     memory_limit: int | None = None,
     scratch: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Aggregation:
     """Combine the clients' adapters into one.
@@ -36,7 +40,7 @@ def aggregate(
     several rules, or to a rule and an inspection, from one pass over the adapters.
 
     Args:
-        adapters: the K clients of this round.
+        adapters: the K clients of this round, or their PEFT folders.
         rule: a rule of ``flk.rules``, or the name of one.
         weights: the clients' weights (numbers of examples, say), scaled to sum to 1; equal when
             None.
@@ -56,7 +60,9 @@ def aggregate(
             together, see :class:`Round`; no limit when None.
         scratch: folder of the unnamed files that then hold the result.
         progress: called after every group of modules with how many are done, and how many there
-            are.
+            are; in a group, of this process's modules.
+        group: a torch.distributed process group whose processes share the modules out, see
+            :class:`Round`. Process 0 has the result.
         **options: of a rule given by name, see ``flk.rules.find(name).options()``.
 
     Returns:
@@ -68,6 +74,7 @@ def aggregate(
             names the client and the module; or the result's dtype cannot hold the result.
         ValueError: the rule is unknown, or an option is out of range.
         TypeError: the rule has no such option.
+        ConnectionError: a process of the group ended, or did not answer within its timeout.
     """
     round_ = Round(
         adapters,
@@ -78,6 +85,7 @@ def aggregate(
         same_base=same_base,
         memory_limit=memory_limit,
         scratch=scratch,
+        group=group,
     )
     return round_.aggregate(
         rule,

@@ -142,6 +142,8 @@ def relative(error: Tensor, grams: Grams) -> Tensor:
 class Swept(NamedTuple):
     """One batch at one energy of the curve."""
 
+    modules: tuple[str, ...]
+    """L names"""
     ranks: Tensor
     """[L]"""
     errors: Tensor
@@ -153,6 +155,7 @@ def swept(grams: Grams, solution: Solution) -> dict[float, Swept]:
     """Rank and error of one batch over the energies that the rule was asked for."""
     return {
         share: Swept(
+            grams.modules,
             ranks.cpu(),
             svd_floor(grams, ranks, grams.spectrum).cpu(),
             int(ranks.clamp_min(1).sum()) * sum(grams.size),
@@ -162,12 +165,16 @@ def swept(grams: Grams, solution: Solution) -> dict[float, Swept]:
 
 
 def curve(batches: Sequence[Mapping[float, Swept]]) -> list[CurvePoint]:
-    """Rank against error over all batches, one point per energy."""
+    """Rank against error over all batches, one point per energy. The modules are added up in the
+    order of their names, so that the grouping changes no bit.
+    """
     points = []
     for share in batches[0] if batches else ():
         parts = [batch[share] for batch in batches]
+        names = [name for part in parts for name in part.modules]
+        order = sorted(range(len(names)), key=names.__getitem__)
         ranks, errors = torch.cat([x.ranks for x in parts]), torch.cat([x.errors for x in parts])
         parameters = sum(part.parameters for part in parts)
         mean_rank = float(ranks.double().mean())
-        points.append(CurvePoint(share, mean_rank, float(errors.mean()), parameters))
+        points.append(CurvePoint(share, mean_rank, float(errors[order].mean()), parameters))
     return points
