@@ -4,7 +4,9 @@
     adapters, weights = zip(*nodes)
     result = flk.aggregate(adapters, rule="florist", energy=0.9, weights=weights)
 
-dW = sum_j W_j dW_j / sum_j W_j    where node j holds dW_j = sum_k w_k s_k B_k A_k / W_j, W_j = sum_k w_k
+    dW = sum_j W_j dW_j / sum_j W_j    dW_j = sum_k w_k s_k B_k A_k / W_j    W_j = sum_k w_k
+
+Node j sends W_j and an adapter that stands for its clients k.
 
 A merged adapter is an adapter like any other: it can be saved, sent, and merged again.
 """
@@ -23,7 +25,8 @@ from fedlora_kernels.adapters import agreement
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.peft_format import label
-from fedlora_kernels.rules import FLoRIST, Rule
+from fedlora_kernels.rules import Rule
+from fedlora_kernels.rules.florist import FLoRIST
 
 
 class Merged(NamedTuple):
@@ -62,7 +65,10 @@ def merge(
             At 0, nothing but singular values that count as zero: R sqrt(eps) of the sum at worst,
             with the eps of float64. The errors of the levels add up.
         dtype: of the merged factors; the clients' own, and float32 at least, when None.
-        device, same_base, memory_limit, scratch: see :class:`Round`.
+        device: see :class:`Round`.
+        same_base: see :class:`Round`.
+        memory_limit: see :class:`Round`.
+        scratch: see :class:`Round`.
         **options: of a rule given by name.
 
     Raises:

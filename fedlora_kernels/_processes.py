@@ -77,9 +77,9 @@ class Processes:
             own = error
         if self.alone:
             return
-        for rank, error in enumerate(self.everywhere(_sendable(own))):
-            if error is not None:
-                raise own if own is not None and rank == self.rank else error
+        for rank, found in enumerate(self.everywhere(_sendable(own))):
+            if found is not None:
+                raise own if own is not None and rank == self.rank else found
 
     def everywhere(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks.
@@ -173,7 +173,7 @@ class Processes:
 def _sendable(error: Exception | None) -> Exception | None:
     """The error, or its text where the error itself cannot be sent."""
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - of this process itself
+        pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

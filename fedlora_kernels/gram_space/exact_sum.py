@@ -10,7 +10,6 @@ sum over the places, at the end. Numbers below 2^-1056 count as zero.
 
 import math
 
-import torch
 from torch import Tensor
 
 BITS = 32

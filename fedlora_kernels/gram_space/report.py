@@ -114,14 +114,17 @@ def svd_floor(grams: Grams, ranks: Tensor, found: Spectrum | None = None) -> Ten
             is ||dW||^2 without their squares; where that is less than a share of SHARE, all
             singular values are computed and the small ones summed. At R eps ||dW||^2 it is 0.
     """
-    if bool((ranks >= grams.full_rank).all()):
+    cut = ranks < grams.full_rank
+    if not bool(cut.any()):
         return torch.zeros_like(ranks, dtype=torch.float64)
     found = found or grams.leading(max_rank=max(1, int(ranks.max())))
     total = found.total_energy
     beyond = total - _squares(found.sigma, ranks, beyond=False)
     beyond = beyond.where(beyond > negligible(grams.stacked_rank) * total, 0)
-    if bool(((beyond < SHARE * total) & (beyond > 0)).any()):
-        beyond = _squares(grams.spectrum.sigma, ranks, beyond=True)
+    beyond = beyond.where(cut, 0)  # each module by itself, whatever others are in the batch
+    small = (beyond < SHARE * total) & (beyond > 0)
+    if bool(small.any()):
+        beyond = _squares(grams.spectrum.sigma, ranks, beyond=True).where(small, beyond)
     return relative(beyond, grams)
 
 

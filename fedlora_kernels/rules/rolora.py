@@ -58,7 +58,7 @@ class RoLoRA(Rule):
         return True
 
     @property
-    def merging(self) -> RoLoRA:
+    def merging(self) -> RoLoRA | None:
         """Itself."""
         return self
 

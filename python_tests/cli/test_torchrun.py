@@ -60,7 +60,7 @@ def test_bad_input_is_told_once(tmp_path: Path) -> None:
         write_client(tmp_path / str(k), client)
     result = torchrun(tmp_path, "0", "1", "2", "--rule", "florist", "--out", "out")
     assert result.returncode != 0
-    told = [line for line in result.stderr.splitlines() if line.startswith("fedlora")]
+    told = [line for line in result.stderr.splitlines() if line.startswith("fedlora aggregate:")]
     assert len(told) == 1, result.stderr
     assert "client 1 (1), module layers.3.q: A holds NaN" in told[0]
     assert not (tmp_path / "out").exists()

@@ -255,7 +255,7 @@ def test_what_else_is_refused() -> None:
         flk.merge(round_.adapters, rule="florist", rtol=1)
     with pytest.raises(ValueError, match="rtol must be 0 for rule 'fedit', which averages"):
         flk.merge(draw().adapters, rule="fedit", rtol=0.1)
-    with pytest.raises(flk.AdapterError, match="client 1 .*weight -1"):
+    with pytest.raises(flk.AdapterError, match=r"client 1 .*weight -1"):
         flk.merge(draw().adapters, rule="fedit", weights=[1, -1, 1])
 
 
