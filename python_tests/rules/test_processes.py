@@ -72,7 +72,7 @@ SAID = {
 """How the message of each error begins, in all processes."""
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rule_gives_the_bits_of_one_process_and_every_error_is_that_of_all(
     size: int, folder: Path
 ) -> None:
@@ -89,7 +89,7 @@ def test_every_rule_gives_the_bits_of_one_process_and_every_error_is_that_of_all
         assert errors[what].startswith(begins.format(folder)), f"{what}: {errors[what]}"
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_lost_process_is_an_error_of_all_others(how: str, tmp_path: Path) -> None:
     """Killed, its connections end; stopped, the others wait for the group's timeout."""
     (tmp_path / "how").write_text(how, encoding="ascii")
@@ -106,19 +106,18 @@ def test_a_lost_process_is_an_error_of_all_others(how: str, tmp_path: Path) -> N
 
 
 def test_each_process_reads_its_own_modules(tmp_path: Path) -> None:
-    """Of two processes each touches about half of the files' pages."""
-    sizes = {f"layers.{i}.q": (1024, 1024) for i in range(8)}
-    clients(tmp_path / "large", ranks=(32, 32, 32), sizes=sizes)
-    clients(tmp_path / "small")
+    """Of two processes each touches about half of the files' pages, which may be of 2 MiB."""
+    sizes = {f"layers.{i}.q": (8192, 8192) for i in range(8)}
+    clients(tmp_path / "large", ranks=(64,), alphas=(64,), weights=(1,), sizes=sizes)
     done = ended(started("group_reading.py", 2, tmp_path), within=120)
     files = sum(path.stat().st_size for path in (tmp_path / "large").rglob("*.safetensors"))
     for process in done:
-        assert process.returncode == 0, process.stderr
-        assert 0.3 * files < int(process.stdout) < 0.7 * files
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert 0.4 * files < int(process.stdout) < 0.7 * files
 
 
 def test_shares_are_even_and_cover_all() -> None:
-    """Greedy: no process has more than the least of the others and one module."""
+    """No process has more than its part and one module, and shares are runs of names."""
     costs = {f"m{i}": float(1 + i % 7) ** 3 for i in range(50)}
     shares = []
     for rank in range(4):
@@ -127,7 +126,8 @@ def test_shares_are_even_and_cover_all() -> None:
         shares.append(processes.share(costs))
     assert sorted(name for share in shares for name in share) == sorted(costs)
     loads = [sum(costs[name] for name in share) for share in shares]
-    assert max(loads) - min(loads) <= max(costs.values())
+    assert max(loads) <= sum(loads) / 4 + max(costs.values())
+    assert [name for share in shares for name in sorted(share)] == sorted(costs)
     assert Processes().share(costs) == set(costs)
 
 

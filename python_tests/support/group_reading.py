@@ -8,20 +8,23 @@ from group import joined
 import fedlora_kernels as flk
 
 
-def touched() -> int:
-    """Bytes of files in this process's memory."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(r"RssFile:\s+(\d+)", status)
-    return int(found[1]) << 10 if found else 0
+def touched(folder: Path) -> int:
+    """Bytes of the folder's files that this process has read through its mappings."""
+    found, mine = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            mine = str(folder) in line
+        elif mine and line.startswith("Rss:"):
+            found += int(line.split()[1]) << 10
+    return found
 
 
 def main() -> None:
     group, folder = joined()
-    flk.aggregate(sorted((folder / "small").iterdir()), rule="fedit", group=group)  # libraries
-    before = touched()
-    result = flk.aggregate(sorted((folder / "large").iterdir()), rule="fedit", group=group)
-    print(touched() - before)
-    del result
+    where = folder / "large"
+    clients = [flk.Adapter.load(path, numbers=False) for path in sorted(where.iterdir())]
+    flk.aggregate(clients, rule="fedit", group=group)
+    print(touched(where))
 
 
 if __name__ == "__main__":
