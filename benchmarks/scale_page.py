@@ -28,6 +28,7 @@ def tables(found: Document) -> str:
         f"matrices take {duration(found['report']['full_spectrum_seconds'])}.",
         "Growth of FLoRIST's time and memory with the clients, their rank and the modules:",
         "\n".join(_growth(found["growth"])),
+        *_processes(found.get("processes")),  # which the first results did not measure
         f"### A plan for {CLIENTS:,} clients",
         "The table is arithmetic from the measured times and bytes above. Servers form a tree; "
         f"each reads {found['clients']:,} adapters. A server of the first level sends its result "
@@ -71,6 +72,24 @@ def _growth(curves: list[Document]) -> Iterator[str]:
                 f"{duration(point['aggregate_seconds'])} | {_bytes(point['peak_bytes'])} | "
                 f"{duration(point['result_seconds'])} | {_bytes(point['stream_peak_bytes'])} |"
             )
+
+
+def _processes(found: Document | None) -> Iterator[str]:
+    """A sentence and a table."""
+    if found is None:
+        return
+    yield (
+        f"One round in several processes: {found['clients']:,} clients, {found['case']}, from the "
+        "clients' files to the result and its report:"
+    )
+    rows = ["| rule | processes | threads of each | time | peak memory of a process |"]
+    rows.append("|---|---|---|---|---|")
+    rows += [
+        f"| `{point['rule']}` | {point['processes']} | {point['threads_each']} | "
+        f"{duration(point['seconds'])} | {_bytes(point['peak_bytes'])} |"
+        for point in found["points"]
+    ]
+    yield "\n".join(rows)
 
 
 def _plan(found: Document) -> Iterator[str]:

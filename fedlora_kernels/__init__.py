@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedlora_kernels._aggregation import Aggregation
     from fedlora_kernels._delivery import Delivery
     from fedlora_kernels._inspect import Inspection, inspect
+    from fedlora_kernels._merge import Merged, merge
     from fedlora_kernels._round import Round
     from fedlora_kernels._stream import Stream
     from fedlora_kernels.adapters.adapter import Adapter
@@ -42,6 +43,7 @@ __all__ = [
     "Delivery",
     "Factors",
     "Inspection",
+    "Merged",
     "ModuleReport",
     "Report",
     "Robust",
@@ -53,6 +55,7 @@ __all__ = [
     "backend",
     "backends",
     "inspect",
+    "merge",
     "ops",
     "robust",
     "rules",
@@ -67,6 +70,7 @@ _WHERE = {
     "Delivery": "_delivery",
     "Factors": "adapters.factors",
     "Inspection": "_inspect",
+    "Merged": "_merge",
     "ModuleReport": "gram_space.report",
     "Report": "gram_space.report",
     "Robust": "robust",
@@ -78,6 +82,7 @@ _WHERE = {
     "backend": "backends",
     "backends": "backends",
     "inspect": "_inspect",
+    "merge": "_merge",
     "ops": "ops",
     "robust": "robust",
     "rules": "rules",

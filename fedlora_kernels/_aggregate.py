@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,9 +12,12 @@ from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.robust import Robust
 from fedlora_kernels.rules import Rule
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def aggregate(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Adapter | str | Path],
     *,
     rule: str | Rule,
     weights: Sequence[float] | None = None,
@@ -31,6 +34,7 @@ def aggregate(
     scratch: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     robust: str | Robust | None = None,
+    group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Aggregation:
     """Combine the clients' adapters into one.
@@ -39,7 +43,7 @@ def aggregate(
     several rules, or to a rule and an inspection, from one pass over the adapters.
 
     Args:
-        adapters: the K clients of this round.
+        adapters: the K clients of this round, or their PEFT folders.
         rule: a rule of ``flk.rules``, or the name of one.
         weights: the clients' weights (numbers of examples, say), scaled to sum to 1; equal when
             None.
@@ -61,9 +65,11 @@ def aggregate(
             together, see :class:`Round`; no limit when None.
         scratch: folder of the unnamed files that then hold the result.
         progress: called after every group of modules with how many are done, and how many there
-            are.
+            are; in a group, of this process's modules.
         robust: a robust rule of ``flk.robust``, or the name of one, that weighs the clients first:
             see :meth:`Round.weighed`.
+        group: a torch.distributed process group whose processes share the modules out, see
+            :class:`Round`. Process 0 has the result.
         **options: of a rule given by name, see ``flk.rules.find(name).options()``.
 
     Returns:
@@ -76,6 +82,7 @@ def aggregate(
         ValueError: the rule is unknown, an option is out of range, or the robust rule's weights do
             not reach this rule.
         TypeError: the rule has no such option.
+        ConnectionError: a process of the group ended, or did not answer within its timeout.
     """
     round_ = Round(
         adapters,
@@ -87,6 +94,7 @@ def aggregate(
         magnitudes=magnitudes,
         memory_limit=memory_limit,
         scratch=scratch,
+        group=group,
     )
     return round_.aggregate(
         rule,

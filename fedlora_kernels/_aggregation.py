@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fedlora_kernels._delivery import Delivery
+from fedlora_kernels._processes import Processes
 from fedlora_kernels.adapters import extras, folder, peft_format
 from fedlora_kernels.adapters.adapter import WRITTEN, Adapter
 from fedlora_kernels.adapters.error import AdapterError
@@ -185,6 +186,24 @@ class Aggregation:
                     self.client_adapter(k).write(made / "clients" / str(k))
 
 
+class Elsewhere(Aggregation):
+    """The result of an aggregation, in a process of a group that does not have it."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refused: nothing of the result is here.
+
+        Raises:
+            RuntimeError: always; the message says where it is.
+        """
+        raise RuntimeError(
+            f"the result is in process 0 of the group, and this is process {self._rank}: use it "
+            "where torch.distributed.get_rank(group) is 0"
+        )
+
+
 class Work:
     """One rule at work on a round: a batch at a time in, the result out.
 
@@ -216,7 +235,7 @@ class Work:
         refuse_kinds(clients, rule)
         if round_.weighing is not None:
             round_.weighing.robust.refuse(rule)
-        rule.validate(clients)
+        rule.validate(round_.own)
         if self._heads == "average":
             extras.check(clients)
         more = rule.joins(carried)
@@ -224,8 +243,7 @@ class Work:
         """the batches with what the rule carried over from the last round, if anything"""
         self.carried = carried
         """what the last round carried"""
-        known = rule.recalled(carried)
-        self._prepared = known.prepared(round_.read(self.joined)) if rule.joint else known
+        self._prepared = rule.recalled(carried)
         self._factors: dict[str, Factors] = {}
         self._residuals: dict[str, Factors] = {}
         self._kept: dict[str, Factors] = {}
@@ -244,6 +262,11 @@ class Work:
     def reads(self) -> bool:
         """Whether there are batches to take: VeRA's vectors are averaged as they are."""
         return not self._round.clients[0].vera
+
+    def prepare(self, processes: Processes) -> None:
+        """What the rule must know of all batches before it can solve one."""
+        if self._rule.joint:
+            self._prepared = self._prepared.prepared(self._round.read(self.joined), processes)
 
     def take(self, grams: Grams) -> None:
         """One batch: the rule's coefficients, then its factors, and the rows of the report where
@@ -278,9 +301,35 @@ class Work:
         config = _config(self._round.clients, self._kept, rslora=False)
         return Adapter(dict(sorted(self._kept.items())), peft_format.headless(config))
 
+    def gather(self, processes: Processes) -> None:
+        """What all processes made, and their rows of the report, in process 0."""
+        if processes.alone:
+            return
+        with processes.alike():
+            self._reports = [self._rows()]
+        for made in (self._factors, self._residuals, self._kept):
+            for name, pair in processes.gathered(made):
+                made.update(self._round.put_aside({name: pair}))
+        for rank, (sweep, averaged, reports) in enumerate(
+            processes.everywhere((self._swept, self._averaged, self._reports))
+        ):
+            if processes.first and rank > 0:
+                self._swept += sweep
+                self._averaged &= averaged
+                self._reports += reports
+
     def report(self) -> Report:
         """The rows of all modules, by name."""
-        rows = _unreported(self._round.clients)
+        rows = {**_unreported(self._round.clients), **self._rows()}
+        complete = Report(sorted(rows.items()))
+        notes = (self._rule.note, *_notes(self._round.clients, self._rule))
+        complete.note = "; ".join(filter(None, notes))
+        complete.weighing = self._round.weighing
+        return complete
+
+    def _rows(self) -> Report:
+        """The rows of the modules that were taken, of VeRA those of all that have factors."""
+        rows = Report()
         for item in self._reports or [(grams, None) for grams in self._round.grams]:
             if isinstance(item, Report):
                 rows.update(item)
@@ -289,11 +338,7 @@ class Work:
             rows.update(report(grams, solution or self._prepared.solve(grams)))
             if not self._round.keeps(grams):
                 grams.forget()
-        complete = Report(sorted(rows.items()))
-        notes = (self._rule.note, *_notes(self._round.clients, self._rule))
-        complete.note = "; ".join(filter(None, notes))
-        complete.weighing = self._round.weighing
-        return complete
+        return rows
 
     def result(self) -> Aggregation:
         """The global adapter of all batches that were taken."""

@@ -22,7 +22,7 @@ from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.kinds import dora
 from fedlora_kernels.gram_space.batches import stack
 from fedlora_kernels.gram_space.grams import Grams
-from fedlora_kernels.gram_space.updates import Updates
+from fedlora_kernels.gram_space.updates import Updates, products
 from fedlora_kernels.ops._spectrum import negligible
 
 ENERGIES = (0.8, 0.9, 0.95, 0.99)
@@ -187,7 +187,7 @@ def inspection(
             yield grams
 
     labels = [peft_format.label(k, adapter.name) for k, adapter in enumerate(adapters)]
-    updates = Updates.summed(read(), labels)
+    updates = Updates.summed([products(read(), len(adapters))], labels)
     return Inspection(
         clients=tuple(map(_facts, adapters, shares.tolist(), updates.norms.tolist())),
         energies=tuple(energies),

@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 from weakref import WeakSet
 
 import torch
 
 from fedlora_kernels import robust as robust_rules
 from fedlora_kernels import rules
-from fedlora_kernels._aggregation import Aggregation, Work
+from fedlora_kernels._aggregation import Aggregation, Elsewhere, Work
 from fedlora_kernels._inspect import ENERGIES, Inspection, inspection
+from fedlora_kernels._processes import Processes
 from fedlora_kernels.adapters import agreement
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
@@ -33,11 +34,14 @@ from fedlora_kernels.adapters.peft_format import label
 from fedlora_kernels.adapters.scratch import mapped
 from fedlora_kernels.gram_space.batches import Batch, stack
 from fedlora_kernels.gram_space.grams import Grams
-from fedlora_kernels.gram_space.updates import Updates
+from fedlora_kernels.gram_space.updates import Updates, products
 from fedlora_kernels.gram_space.wide import Wide
 from fedlora_kernels.ops import checks
 from fedlora_kernels.robust import Robust, Weighing
 from fedlora_kernels.rules import Rule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 KEPT = 1 << 28
 """Bytes of Gram matrices and spectra that a round keeps, 256 MiB; others are computed anew."""
@@ -50,7 +54,8 @@ class Round:
     """The clients of one round.
 
     Args:
-        adapters: the K clients; they are not changed, and must not be while the round is in use.
+        adapters: the K clients, or their PEFT folders; they are not changed, and must not be while
+            the round is in use.
         weights: the clients' weights (numbers of examples, say), scaled to sum to 1; equal when
             None.
         absent: what a client without a module counts as: "zero", a zero update, or "renormalize",
@@ -66,15 +71,21 @@ class Round:
             written to unnamed files as they are made, and mapped. One module is worked on however
             large it is. No limit when None.
         scratch: folder for those files; the system's temporary folder when None.
+        group: a torch.distributed process group (gloo for factors on CPUs, NCCL for factors on
+            GPUs) whose processes share the modules out. All of them make the same calls with the
+            same arguments. Of clients given as folders each reads its own modules alone, so that
+            every file is read once by all together.
 
     Raises:
-        AdapterError: what the clients sent does not belong together; names client and module.
+        AdapterError: what the clients sent does not belong together; names client and module. In a
+            group all processes raise what one of them found.
+        ConnectionError: a process of the group ended, or did not answer within its timeout.
         ValueError: absent, precision or magnitudes is unknown, or memory_limit is under 1.
     """
 
     def __init__(
         self,
-        adapters: Sequence[Adapter],
+        adapters: Sequence[Adapter | str | Path],
         *,
         weights: Sequence[float] | None = None,
         absent: str = "zero",
@@ -84,29 +95,47 @@ class Round:
         magnitudes: str | None = None,
         memory_limit: int | None = None,
         scratch: str | Path | None = None,
+        group: "ProcessGroup | None" = None,
     ) -> None:
-        if memory_limit is not None and memory_limit < 1:
-            raise ValueError(f"memory_limit must be at least 1 byte, found {memory_limit}")
-        self._memory_limit, self._scratch = memory_limit, scratch
-        self.clients = tuple(adapters)
-        self.weighing: Weighing | None = None
-        """how the clients count, where a robust rule weighed them"""
-        self.weights = agreement.normalized(weights, self.clients)
-        """w_k [K] float64"""
-        agreement.check(self.clients, same_base=same_base)
-        dora.check(self.clients, magnitudes, renormalizes=absent == "renormalize")
-        checks.precision(precision)
-        self._absent, self._device, self._precision = absent, device, precision
-        self.renormalizes = absent == "renormalize"
-        """whether clients without a module count as if they were not there"""
-        self._made: WeakSet[Grams] = WeakSet()
-        if not self.clients[0].vera:  # of VeRA, factors are made only for who asks for them
-            _ = self.grams
+        self._processes = Processes(group)
+        with self._processes.alike():
+            if memory_limit is not None and memory_limit < 1:
+                raise ValueError(f"memory_limit must be at least 1 byte, found {memory_limit}")
+            self._memory_limit, self._scratch = memory_limit, scratch
+            self.clients = tuple(
+                adapter
+                if isinstance(adapter, Adapter)
+                else Adapter.load(adapter, numbers=self._processes.alone)
+                for adapter in adapters
+            )
+            self.weighing: Weighing | None = None
+            """how the clients count, where a robust rule weighed them"""
+            self.weights = agreement.normalized(weights, self.clients)
+            """w_k [K] float64"""
+            agreement.check(self.clients, same_base=same_base)
+            dora.check(self.clients, magnitudes, renormalizes=absent == "renormalize")
+            checks.precision(precision)
+            self._absent, self._device, self._precision = absent, device, precision
+            self.renormalizes = absent == "renormalize"
+            """whether clients without a module count as if they were not there"""
+            self._made: WeakSet[Grams] = WeakSet()
+            if not self.clients[0].vera:  # of VeRA, factors are made only for who asks for them
+                _ = self.grams
 
     @cached_property
     def grams(self) -> list[Grams]:
-        """The batches of modules, each with the Gram matrices that it computes on demand."""
+        """The batches of modules, each with the Gram matrices that it computes on demand; of the
+        modules that this process works on.
+        """
         return self._stacked(self.clients, self.weights)
+
+    @property
+    def own(self) -> tuple[Adapter, ...]:
+        """The clients, with the modules that this process works on."""
+        if self._processes.alone or self.clients[0].vera:
+            return self.clients
+        modules = {module for grams in self.grams for module in grams.modules}
+        return tuple(client.part(modules) for client in self.clients)
 
     @overload
     def aggregate(self, rule: str | Rule, **more: Any) -> Aggregation: ...
@@ -140,7 +169,7 @@ class Round:
                 "average", or "local" (they stay with their clients); None is the rule's own way,
                 "local" where clients keep different models, else "average".
             progress: called after every group of modules with the number of modules that are done
-                and that of all.
+                and that of all; in a group, of this process's modules.
             robust: a robust rule of ``flk.robust``, or the name of one, that weighs the clients
                 first: see :meth:`weighed`.
             **options: of a rule given by name, see ``flk.rules.find(name).options()``.
@@ -151,13 +180,21 @@ class Round:
             ValueError: the rule is unknown, an option is out of range, or the robust rule's weights
                 do not reach this rule.
             TypeError: the rule has no such option.
+            ConnectionError: a process of the group ended, or did not answer within its timeout.
+
+        In a group process 0 has the results, with their reports, and ``carried`` is that of process
+        0. Whatever is asked of a result in another process is a RuntimeError.
         """
         several = [rule] if isinstance(rule, (str, Rule)) else rule
-        chosen = [rules.make(item, **options) for item in several]
-        if robust is not None:
-            guard = robust_rules.make(robust)
-            for item in chosen:  # before any work is done
-                guard.refuse(item)
+        carried = self._processes.from_first(carried)
+        with self._processes.alike():
+            chosen = [rules.make(item, **options) for item in several]
+            guard = None if robust is None else robust_rules.make(robust)
+            if guard is not None:
+                for item in chosen:  # before any work is done
+                    guard.refuse(item)
+        results: list[Aggregation]
+        if guard is not None:
             results = self.weighed(guard).aggregate(
                 chosen,
                 carried=carried,
@@ -167,24 +204,33 @@ class Round:
                 progress=progress,
             )
             return results if several is rule else results[0]
-        works = [
-            Work(self, item, carried, uniform_rank=uniform_rank, dtype=dtype, heads=heads)
-            for item in chosen
-        ]
-        reading = [work for work in works if work.reads]
-        sharing = [work for work in reading if work.joined is None]
-        passes = [(None, sharing), *((work.joined, [work]) for work in reading if work.joined)]
-        todo = [(every, together) for every, together in passes if together]
-        total = sum(len(g.modules) for every, _ in todo for g in every or self.grams)
-        done = 0
-        for every, together in todo:
-            for grams in self.read(every):
-                for work in together:
-                    work.take(grams)
-                done += len(grams.modules)
-                if progress is not None:
-                    progress(done, total)
-        results = [work.result() for work in works]
+        with self._processes.alike():
+            works = [
+                Work(self, item, carried, uniform_rank=uniform_rank, dtype=dtype, heads=heads)
+                for item in chosen
+            ]
+        for work in works:
+            work.prepare(self._processes)
+        with self._processes.alike():
+            reading = [work for work in works if work.reads]
+            sharing = [work for work in reading if work.joined is None]
+            passes = [(None, sharing), *((work.joined, [work]) for work in reading if work.joined)]
+            todo = [(every, together) for every, together in passes if together]
+            total = sum(len(g.modules) for every, _ in todo for g in every or self.grams)
+            done = 0
+            for every, together in todo:
+                for grams in self.read(every):
+                    for work in together:
+                        work.take(grams)
+                    done += len(grams.modules)
+                    if progress is not None:
+                        progress(done, total)
+        for work in works:
+            work.gather(self._processes)
+        with self._processes.alike():
+            results = [work.result() for work in works if self._processes.first]
+        if not self._processes.first:
+            results = [Elsewhere(self._processes.rank) for _ in works]
         return results if several is rule else results[0]
 
     @cached_property
@@ -194,20 +240,25 @@ class Round:
         Raises:
             AdapterError: as :attr:`Grams.matrices` does, or a squared norm overflows float64.
         """
-        return Updates.summed(self.read(), self._labels)
+        with self._processes.alike():
+            own = products(self.read(), len(self.clients))
+        return Updates.summed(self._processes.everywhere(own), self._labels)
 
     def client_products(self) -> dict[str, torch.Tensor]:
         """Module -> <dW_j, dW_k> of the clients' updates of this module, [K,K] float64 on the CPU;
-        0 where a client lacks the module.
+        0 where a client lacks the module. In a group, of all processes' modules.
         """
         count, found = len(self.clients), {}
-        for grams in self.read():
-            present = torch.tensor(grams.batch.clients)
-            for module, products in zip(grams.modules, grams.client_products.cpu(), strict=True):
-                whole = torch.zeros(count, count, dtype=torch.float64)
-                whole[present[:, None], present[None, :]] = products
-                found[module] = whole
-        return dict(sorted(found.items()))
+        with self._processes.alike():
+            for grams in self.read():
+                present = torch.tensor(grams.batch.clients)
+                of_each = grams.client_products.cpu()
+                for module, of_one in zip(grams.modules, of_each, strict=True):
+                    whole = torch.zeros(count, count, dtype=torch.float64)
+                    whole[present[:, None], present[None, :]] = of_one
+                    found[module] = whole
+        every = {name: x for part in self._processes.everywhere(found) for name, x in part.items()}
+        return dict(sorted(every.items()))
 
     def weighed(self, robust: str | Robust, **options: Any) -> "Round":
         """The same clients as a robust rule weighs them, from the inner products of their updates.
@@ -265,7 +316,13 @@ class Round:
         return [label(k, client.name) for k, client in enumerate(self.clients)]
 
     def inspect(self, *, energies: Sequence[float] = ENERGIES) -> Inspection:
-        """Spectra of the ideal aggregate and similarities of the clients: see :func:`inspect`."""
+        """Spectra of the ideal aggregate and similarities of the clients: see :func:`inspect`.
+
+        Raises:
+            ValueError: the round is shared with other processes.
+        """
+        if not self._processes.alone:
+            raise ValueError("inspect() works in one process, found a round with group=")
         return inspection(self.clients, self.weights, self.read(), energies)
 
     def read(self, every: Sequence[Grams] | None = None) -> Iterator[Grams]:
@@ -304,6 +361,7 @@ class Round:
             device=self._device,
             joined=joined,
             gram_bytes=self._memory_limit and self._memory_limit // LIVE,
+            share=self._processes.share,
         )
         made = [self._of(batch) for batch in batches]
         self._made.update(made)

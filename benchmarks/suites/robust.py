@@ -22,7 +22,7 @@ from benchmarks.suites.aggregate import adapters, names
 from fedlora_kernels import ops, robust
 from fedlora_kernels.gram_space.batches import stack
 from fedlora_kernels.gram_space.grams import Grams
-from fedlora_kernels.gram_space.updates import Updates
+from fedlora_kernels.gram_space.updates import Updates, products
 
 CASES = (
     Case("RoBERTa-large", "query", equal(8, 16), modules=48),
@@ -67,7 +67,7 @@ class Weighed:
             one = Grams(grams.batch)
             one.adopt(grams)
             fresh.append(one)
-        return Updates.summed(fresh, self.labels)
+        return Updates.summed([products(fresh, len(self.labels))], self.labels)
 
     def weights(self, rule: robust.Robust) -> tuple[Updates, robust.Weighing]:
         """A robust rule's, from the inner products on."""

@@ -7,6 +7,7 @@
 2. The first 100 of them through a Stream: ``result()`` after the last ``add``, beside aggregate.
 3. FedIT's report at R = 1600, beside the spectrum of the R x R matrices, which it once needed.
 4. Growth with the clients, their rank and the modules.
+5. The same round in 1, 2, 4, ... processes of one group, which share the threads out.
 
 The folders are written by benchmarks/stand/clients.py and deleted afterwards. Each measurement is a
 process of its own. Memory is the peak of RssAnon beyond what there was before: mapped files are in
@@ -50,6 +51,8 @@ ARRIVING = 100
 REPORTED = Case("TinyLlama-1.1B", "q_proj", equal(100, 16), modules=1, dtype=torch.bfloat16)
 BASE = replace(MANY, size=(1024, 1024), ranks=equal(32, 16), modules=4)
 TINY = replace(MANY, size=(48, 40), ranks=equal(40, 16), modules=2)
+SHARED = replace(BASE, modules=16)
+"""What several processes share."""
 SAMPLED = 2
 """Modules that are compared with the optimum."""
 
@@ -172,10 +175,49 @@ def _with_threads(threads: int, call: Callable[..., Any], arguments: tuple[Any, 
 
 def alone(threads: int, call: Callable[..., Any], *arguments: Any) -> Any:
     """The call in a fresh process."""
+    with _fresh(1) as pool:
+        return pool.submit(_with_threads, threads, call, arguments).result()
+
+
+def _fresh(count: int) -> ProcessPoolExecutor:
+    """So many fresh processes."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.suites.scale"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_with_threads, threads, call, arguments).result()
+    return ProcessPoolExecutor(count, mp_context=context)
+
+
+def grouped(
+    rank: int, processes: int, store: Path, folders: Sequence[Path], rule: str, options: Any
+) -> Any:
+    """One process of a group: seconds of the aggregation, from files, and its peak memory."""
+    from torch import distributed
+
+    where = f"file://{store}"
+    distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=processes)
+    distributed.barrier()
+    with watched() as peak:
+        begin = time.perf_counter()
+        flk.aggregate(folders, rule=rule, group=distributed.group.WORLD, **options)
+        seconds = time.perf_counter() - begin
+    distributed.destroy_process_group()
+    return {"seconds": seconds, "peak_bytes": peak[0]}
+
+
+def in_processes(
+    count: int, threads: int, store: Path, folders: Sequence[Path], rule: str, options: Any
+) -> dict[str, Any]:
+    """A group of so many processes, which share the threads out: the slowest and the largest."""
+    each = max(1, threads // count)
+    with _fresh(count) as pool:
+        given = (count, store, folders, rule, options)
+        jobs = [pool.submit(_with_threads, each, grouped, (rank, *given)) for rank in range(count)]
+        found = [job.result() for job in jobs]
+    return {
+        "rule": rule,
+        "processes": count,
+        "threads_each": each,
+        **{key: max(one[key] for one in found) for key in ("seconds", "peak_bytes")},
+    }
 
 
 # ---- correctness and floor ---------------------------------------------------------------------
@@ -217,7 +259,7 @@ def floor(case: Case, rule: str, roofline: Roofline) -> float:
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """All four parts."""
+    """All five parts."""
     threads, say = setting.device.threads, setting.console.print
     case = TINY if setting.tiny else MANY
     failed = False
@@ -252,6 +294,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         say(report)
     base, doublings = (TINY, 1) if setting.tiny else (BASE, 6)
     growth = [walked(curve, threads, say) for curve in curves(base, doublings)]
+    shared = TINY if setting.tiny else SHARED
     return {
         "case": str(case),
         "clients": case.clients,
@@ -262,6 +305,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         "arrivals": arrivals,
         "report": report,
         "growth": growth,
+        "processes": shared_out(shared, threads, say),
         "failed": failed,
     }
 
@@ -280,6 +324,22 @@ def walked(curve: Curve, threads: int, say: Callable[[Any], None]) -> dict[str, 
         points.append(point)
         say({curve.axis: x, **point})
     return {"axis": curve.axis, "rule": rule, "points": points}
+
+
+def shared_out(case: Case, threads: int, say: Callable[[Any], None]) -> dict[str, Any]:
+    """One round in one process, in two, and so on, up to one per thread and two at least."""
+    points = []
+    with tempfile.TemporaryDirectory() as name:
+        where = Path(name)
+        folders = clients.write(where, case)
+        for rule, options in RULES[:2]:
+            count = 1
+            while count <= max(2, threads):
+                store = where / f"store-{rule}-{count}"
+                points.append(in_processes(count, threads, store, folders, rule, options))
+                say(points[-1])
+                count *= 2
+    return {"case": str(case), "clients": case.clients, "points": points}
 
 
 SUITE = Study("scale", measure, published=False)

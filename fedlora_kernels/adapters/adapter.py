@@ -8,7 +8,7 @@ Module names are the model's own, without PEFT's prefix "base_model.model.".
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -96,13 +96,15 @@ class Adapter:
         return Adapter(factors, self.config, extras=self.extras, name=self.name)
 
     @classmethod
-    def load(cls, path: str | Path, *, pickled: bool = False) -> "Adapter":
+    def load(cls, path: str | Path, *, pickled: bool = False, numbers: bool = True) -> "Adapter":
         """Read a PEFT adapter folder, or a folder of mlx-lm, whose conversion is exact.
 
         Args:
             path: the folder.
             pickled: whether an adapter_model.bin may be read where there are no safetensors, by
                 ``torch.load(weights_only=True)``, which runs no code of the file.
+            numbers: whether all numbers are looked at. If not, the file is mapped and hardly read;
+                a rule finds NaN and Inf in the modules that it works on.
 
         Raises:
             AdapterError: a file is missing, truncated or not JSON, or belongs to another program; a
@@ -117,7 +119,7 @@ class Adapter:
             tensors = _unpickled(where, who)
         else:
             tensors = _tensors(where, who, WEIGHTS_FILE)
-        return cls._parse(tensors, config, name=who, source=where.resolve())
+        return cls._parse(tensors, config, name=who, source=where.resolve(), numbers=numbers)
 
     @classmethod
     def from_state_dict(
@@ -199,6 +201,7 @@ class Adapter:
         *,
         name: str | None,
         source: Path | None = None,
+        numbers: bool = True,
     ) -> "Adapter":
         who = name or "adapter"
         reason = refused.reason(config) or peft_format.malformed(config)
@@ -250,8 +253,9 @@ class Adapter:
             if module in found:
                 _refuse_other_alpha(who, module, alpha, promised.alpha(module))
                 del extras[key]
-        _refuse_non_finite(who, tensors)
-        factors = pairs.read(who, found, config, promised)
+        if numbers:
+            _refuse_non_finite(who, tensors)
+        factors = pairs.read(who, found, config, promised, numbers)
         return cls(
             factors,
             config,
@@ -298,6 +302,11 @@ class Adapter:
         (made / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         # safetensors makes files that only their owner may read.
         (made / WEIGHTS_FILE).chmod((made / CONFIG_FILE).stat().st_mode)
+
+    def part(self, modules: Collection[str]) -> "Adapter":
+        """The adapter with the factors of these modules alone; nothing is copied."""
+        factors = {name: pair for name, pair in self.factors.items() if name in modules}
+        return Adapter(factors, self.config, extras=self.extras, name=self.name, source=self.source)
 
     def delta(self, module: str) -> Tensor:
         """The dense update ``scaling * B @ A`` of one module, [m,n] float64; of DoRA, what it adds

@@ -8,6 +8,7 @@ from torch import Tensor
 from fedlora_kernels import ops
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.finite import all_finite
 from fedlora_kernels.adapters.kinds.vera import PROJECTIONS
 from fedlora_kernels.adapters.peft_format import label
 
@@ -43,6 +44,9 @@ def average(adapters: Sequence[Adapter], weights: Tensor) -> dict[str, Tensor]:
     """The weighted mean of every extra; of whole numbers, which count something, the largest.
 
     Frozen copies of the base model's own weights stay where all clients have the same.
+
+    Raises:
+        AdapterError: a client's tensor holds NaN or Inf; names the client and the tensor.
     """
     averaged = {}
     for key, first in adapters[0].extras.items():
@@ -58,7 +62,19 @@ def average(adapters: Sequence[Adapter], weights: Tensor) -> dict[str, Tensor]:
         else:
             stacked = torch.stack(found)[None]
             averaged[key] = ops.weighted_sum(stacked, weights.to(first.device))[0]
+            if not all_finite(averaged[key]):
+                _refuse_non_finite(adapters, key)
     return averaged
+
+
+def _refuse_non_finite(adapters: Sequence[Adapter], key: str) -> None:
+    """Say whose tensor it is; a mean that overflows is let through."""
+    for index, adapter in enumerate(adapters):
+        if not all_finite(adapter.extras[key]):
+            raise AdapterError(
+                f"{label(index, adapter.name)}, tensor {key}: holds NaN or Inf; heads='local' "
+                "leaves it with the clients"
+            )
 
 
 def frozen(key: str) -> bool:

@@ -19,7 +19,11 @@ BIAS = "lora_B.bias"
 
 
 def read(
-    who: str, tensors: Mapping[str, Mapping[str, Tensor]], config: Config, promised: Promised
+    who: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    config: Config,
+    promised: Promised,
+    finite: bool,
 ) -> dict[str, Factors]:
     """Pair name -> its factors.
 
@@ -28,6 +32,7 @@ def read(
         tensors: module -> its tensors: A, B, and where there are these bias, magnitude, embedding.
         config: of the adapter.
         promised: what the config says.
+        finite: whether all numbers were seen to be finite.
 
     Raises:
         AdapterError: a factor is missing, or contradicts the other or the config; names the module.
@@ -42,7 +47,7 @@ def read(
                 f"{who}: use_dora is {stated}: found {have} {dora.KEY} of module {module} (DoRA)"
             )
         for name, pair in _read(who, module, sides, promised, found.get(module)):
-            made[name] = replace(pair, finite_at=pair.version)
+            made[name] = replace(pair, finite_at=pair.version) if finite else pair
     return made
 
 

@@ -4,7 +4,8 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedlora_kernels._aggregation import Aggregation
+    from fedlora_kernels._processes import Processes
     from fedlora_kernels.gram_space.report import CurvePoint, ModuleReport, Report
 
 # More modules than this are summed up by projection unless --modules asks for all.
@@ -158,6 +160,9 @@ def aggregate(
     and error of every module (report.json). If the clients receive different adapters, client N
     (from 0) finds its own in DIR/clients/N. If a rule has a residual, which is to be merged into
     the base model, it is in DIR/residual.
+
+    Started by torchrun (torchrun --nproc-per-node 4 -m fedlora_kernels aggregate ...), several
+    processes share the modules out. The first of them writes DIR.
     """
     require_torch()
     options = RULES.given(context, rule)
@@ -166,26 +171,31 @@ def aggregate(
     place = None if device is None else _device(device)
 
     start = time.perf_counter()
-    adapters = screen.load(clients, pickled=pickled)
-    with screen.working(f"Aggregating with {rule}"), bad_input():
-        result = _call(
-            adapters,
-            rule=rule,
-            weights=weights,
-            robust=guard,
-            device=place,
-            absent=absent,
-            precision=precision,
-            uniform_rank=uniform_rank,
-            dtype=dtype,
-            heads=heads,
-            same_base=same_base,
-            magnitudes=magnitudes,
-            memory_limit=memory_limit,
-            scratch=next(p for p in Path(os.path.realpath(out)).parents if p.exists()),
-            progress=None if memory_limit is None else _tell,
-            options=options,
-        )
+    with _processes(place) as processes:
+        with processes.alike():
+            adapters = screen.load(clients, pickled=pickled, numbers=processes.alone)
+        with screen.working(f"Aggregating with {rule}"), bad_input():
+            result = _call(
+                adapters,
+                rule=rule,
+                weights=weights,
+                robust=guard,
+                device=place,
+                absent=absent,
+                precision=precision,
+                uniform_rank=uniform_rank,
+                dtype=dtype,
+                heads=heads,
+                same_base=same_base,
+                magnitudes=magnitudes,
+                memory_limit=memory_limit,
+                scratch=next(p for p in Path(os.path.realpath(out)).parents if p.exists()),
+                progress=_tell if memory_limit is not None and processes.first else None,
+                group=processes.group,
+                options=options,
+            )
+    if not processes.first:
+        return
     with screen.working(f"Writing {out}"):
         _save(result, out)
     seconds = time.perf_counter() - start
@@ -203,6 +213,23 @@ def _robust(context: click.Context, name: str | None) -> robust_rules.Robust | N
     for option in ROBUST.all_given(context):
         raise BadInput(f"{flag(ROBUST.prefix + option)} needs --robust NAME")
     return None
+
+
+@contextmanager
+def _processes(device: "torch.device | None") -> "Iterator[Processes]":
+    """Those that torchrun started, or this one. An error of all of them is told by the first."""
+    import torch
+
+    from fedlora_kernels._processes import Processes, launched
+
+    with bad_input(), launched(device or torch.device("cpu")) as group:
+        processes = Processes(group)
+        try:
+            yield processes
+        except BadInput as error:
+            if processes.first or isinstance(error.__cause__, ConnectionError):
+                raise
+            raise click.exceptions.Exit(BadInput.exit_code) from error
 
 
 def _tell(done: int, total: int) -> None:

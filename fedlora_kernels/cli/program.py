@@ -22,6 +22,10 @@ class BadInput(click.ClickException):
         super().__init__(message)
         self.ctx = click.get_current_context(silent=True)
 
+    def __reduce__(self) -> tuple[type["BadInput"], tuple[str]]:
+        """Without the context, which cannot be sent to another process."""
+        return BadInput, (self.message,)
+
 
 class Program(click.Group):
     """A group of commands that reports every refusal in one line, usage errors included."""

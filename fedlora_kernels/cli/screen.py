@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def show(console: Console, made: Table) -> None:
         console.print(Text(caption, style="dim"), soft_wrap=True)
 
 
-def load(paths: Sequence[str], *, pickled: bool = False) -> list["Adapter"]:
+def load(paths: Sequence[str], *, pickled: bool = False, numbers: bool = True) -> list["Adapter"]:
     """The adapters in these folders, with a progress bar; see :meth:`Adapter.load`.
 
     Raises:
@@ -77,7 +78,7 @@ def load(paths: Sequence[str], *, pickled: bool = False) -> list["Adapter"]:
         adapters = []
         for path in paths:
             with bad_input():
-                adapters.append(Adapter.load(path, pickled=pickled))
+                adapters.append(Adapter.load(path, pickled=pickled, numbers=numbers))
             progress.advance(task)
     return adapters
 
@@ -95,7 +96,8 @@ def working(what: str) -> Iterator[None]:
 def _progress(*columns: Any) -> Progress:
     """On stderr, gone when done, absent where stderr is no terminal."""
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    shown = console.is_terminal and os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    return Progress(*columns, console=console, transient=True, disable=not shown)
 
 
 def print_json(value: object) -> None:

@@ -9,7 +9,7 @@ homogeneous federation is one or a few batches however many layers the model has
 its R x R Gram matrices would outgrow GRAM_BYTES, so memory does not grow with the number of layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -51,6 +51,18 @@ class Signature(NamedTuple):
     clients: tuple[int, ...]
     ranks: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def cost(self) -> float:
+        """Operations of one module, roughly: docs/scale.md has the table."""
+        stacked_rank, (m, n) = sum(self.ranks), self.size
+        if is_wide(stacked_rank, self.size):
+            return 2.0 * m * n * stacked_rank + min(m, n) ** 2 * max(m, n)
+        return float(stacked_rank**2 * (m + n) + stacked_rank**3)
+
+
+Share = Callable[[Mapping[str, float]], Collection[str]]
+"""From the cost of every module, those that this process works on."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +218,9 @@ def stack(
     device: torch.device | str | None = None,
     joined: int = 0,
     gram_bytes: int | None = None,
+    share: Share = set,
 ) -> list[Batch]:
-    """Batches of all modules of all clients.
+    """Batches of the modules of all clients.
 
     Args:
         adapters: the K clients.
@@ -218,6 +231,7 @@ def stack(
         joined: how many of the adapters, the last ones, are not clients.
         gram_bytes: what the matrices G_B of one batch of several modules may take, and a quarter of
             the factors that come of it; when None, the matrices may take GRAM_BYTES.
+        share: which of the modules; all when not given. Sizes are looked at for all of them.
 
     Raises:
         AdapterError: clients disagree about a module's size, and the message names both; or the
@@ -225,9 +239,15 @@ def stack(
     """
     if absent not in ABSENT:
         raise ValueError(f"absent must be one of {', '.join(ABSENT)}, found {absent!r}")
+    signatures = {
+        module: _signature(adapters, module)
+        for module in sorted({name for adapter in adapters for name in adapter.factors})
+    }
+    chosen = share({module: signature.cost for module, signature in signatures.items()})
     groups: dict[Signature, list[str]] = {}
-    for module in sorted({name for adapter in adapters for name in adapter.factors}):
-        groups.setdefault(_signature(adapters, module), []).append(module)
+    for module, signature in signatures.items():
+        if module in chosen:
+            groups.setdefault(signature, []).append(module)
     return [
         _batch(adapters, signature, part, weights, absent, device, joined)
         for signature, modules in groups.items()

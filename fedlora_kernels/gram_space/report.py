@@ -119,14 +119,17 @@ def svd_floor(grams: Grams, ranks: Tensor, found: Spectrum | None = None) -> Ten
             is ||dW||^2 without their squares; where that is less than a share of SHARE, all
             singular values are computed and the small ones summed. At R eps ||dW||^2 it is 0.
     """
-    if bool((ranks >= grams.full_rank).all()):
+    cut = ranks < grams.full_rank
+    if not bool(cut.any()):
         return torch.zeros_like(ranks, dtype=torch.float64)
     found = found or grams.leading(max_rank=max(1, int(ranks.max())))
     total = found.total_energy
     beyond = total - _squares(found.sigma, ranks, beyond=False)
     beyond = beyond.where(beyond > negligible(grams.stacked_rank) * total, 0)
-    if bool(((beyond < SHARE * total) & (beyond > 0)).any()):
-        beyond = _squares(grams.spectrum.sigma, ranks, beyond=True)
+    beyond = beyond.where(cut, 0)  # each module by itself, whatever others are in the batch
+    small = (beyond < SHARE * total) & (beyond > 0)
+    if bool(small.any()):
+        beyond = _squares(grams.spectrum.sigma, ranks, beyond=True).where(small, beyond)
     return relative(beyond, grams)
 
 
@@ -147,6 +150,8 @@ def relative(error: Tensor, grams: Grams) -> Tensor:
 class Swept(NamedTuple):
     """One batch at one energy of the curve."""
 
+    modules: tuple[str, ...]
+    """L names"""
     ranks: Tensor
     """[L]"""
     errors: Tensor
@@ -158,6 +163,7 @@ def swept(grams: Grams, solution: Solution) -> dict[float, Swept]:
     """Rank and error of one batch over the energies that the rule was asked for."""
     return {
         share: Swept(
+            grams.modules,
             ranks.cpu(),
             svd_floor(grams, ranks, grams.spectrum).cpu(),
             int(ranks.clamp_min(1).sum()) * sum(grams.size),
@@ -167,12 +173,16 @@ def swept(grams: Grams, solution: Solution) -> dict[float, Swept]:
 
 
 def curve(batches: Sequence[Mapping[float, Swept]]) -> list[CurvePoint]:
-    """Rank against error over all batches, one point per energy."""
+    """Rank against error over all batches, one point per energy. The modules are added up in the
+    order of their names, so that the grouping changes no bit.
+    """
     points = []
     for share in batches[0] if batches else ():
         parts = [batch[share] for batch in batches]
+        names = [name for part in parts for name in part.modules]
+        order = sorted(range(len(names)), key=names.__getitem__)
         ranks, errors = torch.cat([x.ranks for x in parts]), torch.cat([x.errors for x in parts])
         parameters = sum(part.parameters for part in parts)
         mean_rank = float(ranks.double().mean())
-        points.append(CurvePoint(share, mean_rank, float(errors.mean()), parameters))
+        points.append(CurvePoint(share, mean_rank, float(errors[order].mean()), parameters))
     return points

@@ -14,16 +14,34 @@ large, and its products with the others are as exact as its own distance allows.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 
 import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.gram_space.exact_sum import ExactSum
 from fedlora_kernels.gram_space.grams import Grams
 
 ROUNDING = 256 * torch.finfo(torch.float64).eps
 """d_jk^2 at or under this share of G_jj + G_kk counts as 0: 2.4e-7 of the norms."""
+
+
+def products(every: Iterable[Grams], clients: int) -> ExactSum:
+    """G [K,K], summed over the modules of these batches; the same bits in any order.
+
+    Raises:
+        AdapterError: as :attr:`Grams.matrices` does.
+    """
+    total = ExactSum(torch.zeros(clients, clients, dtype=torch.float64))
+    for grams in every:
+        present = torch.tensor(grams.batch.clients)
+        found = grams.client_products.cpu()
+        whole = found.new_zeros(len(found), clients, clients)
+        whole[:, present[:, None], present[None, :]] = found
+        total += ExactSum(whole).over()
+    return total
 
 
 class Updates:
@@ -44,17 +62,14 @@ class Updates:
                 raise AdapterError(f"{who}: the square of its update's norm overflows float64")
 
     @classmethod
-    def summed(cls, every: Iterable[Grams], labels: Sequence[str]) -> "Updates":
-        """From the Gram matrices of all modules.
+    def summed(cls, parts: Iterable[ExactSum], labels: Sequence[str]) -> "Updates":
+        """From the sums of :func:`products` over parts of the modules.
 
         Raises:
-            AdapterError: as :attr:`Grams.matrices` does, or a squared norm overflows float64.
+            AdapterError: a squared norm overflows float64.
         """
-        products = torch.zeros(len(labels), len(labels), dtype=torch.float64)
-        for grams in every:
-            present = torch.tensor(grams.batch.clients)
-            products[present[:, None], present[None, :]] += grams.client_products.sum(0).cpu()
-        return cls((products + products.mT) / 2, labels)
+        total = reduce(add, parts).value
+        return cls((total + total.mT) / 2, labels)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -7,7 +7,7 @@ Everybody else (registry, command line, harness, tables) asks the rule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from fedlora_kernels.adapters.error import AdapterError
 
 if TYPE_CHECKING:
     from fedlora_kernels._aggregation import Aggregation
+    from fedlora_kernels._processes import Processes
     from fedlora_kernels.adapters.adapter import Adapter
     from fedlora_kernels.adapters.factors import Factors
     from fedlora_kernels.gram_space.coefficients import Solution
@@ -55,6 +56,8 @@ class Rule(Named):
     """of a rule that merges: only a residual is merged, and clients go on from the adapter"""
     separable: ClassVar[bool] = False
     """each factor is averaged by itself, so that one held fixed comes out as it went in"""
+    of_holders: ClassVar[bool] = False
+    """a mean is over the clients that have the module; the others do not count there"""
     bounded: ClassVar[bool] = False
     """:meth:`widest` is a bound; the rank itself depends on the data"""
     preferred: ClassVar[bool] = False
@@ -119,15 +122,54 @@ class Rule(Named):
         return False
 
     @property
+    def merging(self) -> Rule | None:
+        """How a node of a tree of servers merges its clients into one (:func:`merge`): the rule
+        after which this rule makes of the nodes' results, by their summed weights, what it makes of
+        all clients. None where the result depends on more of the clients than a node could keep.
+        """
+        return None
+
+    # ---- what depends on all modules -----------------------------------------------------------
+
+    @property
     def joint(self) -> bool:
         """Whether a module's coefficients depend on the others, so that every batch is read before
         one can be solved.
         """
         return False
 
-    def prepared(self, every: Iterable[Grams]) -> Rule:
-        """Where :attr:`joint`, the rule with what it needs to know of all batches."""
-        return self
+    def noted(self, grams: Grams) -> Mapping[str, Any]:
+        """Where :attr:`joint`, what :meth:`knowing` needs of one batch, by the modules' names or by
+        any other name. Notes of one name, of several batches, are added up by ``+``.
+
+        Processes that share the modules out send each other their notes, so that these should be
+        small, and their sum the same in any order.
+        """
+        raise NotImplementedError(f"rule {self.name!r} defines no noted()")
+
+    def knowing(self, notes: Mapping[str, Any]) -> Rule:
+        """Where :attr:`joint`, the rule that knows the notes of all batches, sorted by name."""
+        raise NotImplementedError(f"rule {self.name!r} defines no knowing()")
+
+    def prepared(self, every: Iterable[Grams], processes: Processes | None = None) -> Rule:
+        """Where :attr:`joint`, the rule with what it needs to know of all batches.
+
+        Args:
+            every: the batches; those of this process.
+            processes: with whom the modules are shared; one process when None.
+
+        Raises:
+            AdapterError: the clients cannot be aggregated by this rule; names client and module.
+        """
+        from fedlora_kernels._processes import Processes
+
+        together = processes or Processes()
+        own: dict[str, Any] = {}
+        notes: dict[str, Any] = {}
+        with together.alike():
+            _add(own, map(self.noted, every))
+        _add(notes, together.everywhere(own))
+        return self.knowing(dict(sorted(notes.items())))
 
     def validate(self, adapters: Sequence[Adapter]) -> None:
         """Checks that need the factors themselves.
@@ -247,6 +289,12 @@ class Rule(Named):
             f"averages factors of equal rank; use {', '.join(some)} or {last} for clients of "
             "different ranks"
         )
+
+
+def _add(notes: dict[str, Any], more: Iterable[Mapping[str, Any]]) -> None:
+    for found in more:
+        for name, note in found.items():
+            notes[name] = notes[name] + note if name in notes else note
 
 
 def at_least_one(**values: int | None) -> None:

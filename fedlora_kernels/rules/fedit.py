@@ -27,6 +27,12 @@ class FedIT(Rule):
     exact = "product of means, not exact"
     averages = True
     separable = True
+    of_holders = True
+
+    @property
+    def merging(self) -> FedIT:
+        """Itself: a mean of means."""
+        return self
 
     def solve(self, grams: Grams) -> Solution:
         """The weighted means of both factors.

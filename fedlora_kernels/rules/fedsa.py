@@ -30,6 +30,12 @@ class FedSA(Rule):
     sends = "a"
     receives = "own"
     aggregates = ("LORA", "VERA")
+    of_holders = True
+
+    @property
+    def merging(self) -> FedSA:
+        """Itself: a mean of means."""
+        return self
 
     def solve(self, grams: Grams) -> Solution:
         """The mean of A, beside the mean of the B that stay with the clients.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedlora_kernels.adapters.adapter import Adapter
     from fedlora_kernels.gram_space.coefficients import Solution
     from fedlora_kernels.gram_space.grams import Grams
+    from fedlora_kernels.rules.ffa import FFA
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class FedSVD(Rule):
     sends = "b"
     returns = "both"
     trains = "b"
+
+    @property
+    def merging(self) -> FFA:
+        """The mean of B beside the common A, which is decomposed at the root alone."""
+        from fedlora_kernels.rules.ffa import FFA
+
+        return FFA()
 
     def solve(self, grams: Grams) -> Solution:
         """The singular components, as coefficients of the mean B and the first client's A.

@@ -30,6 +30,11 @@ class FFA(Rule):
     trains = "b"
     separable = True
 
+    @property
+    def merging(self) -> FFA:
+        """Itself: a mean of means, beside the common A."""
+        return self
+
     def solve(self, grams: Grams) -> Solution:
         """The weighted mean of B, and the first client's A.
 

@@ -15,6 +15,7 @@ from fedlora_kernels.rules._rule import Rule, at_least_one, option
 if TYPE_CHECKING:
     from fedlora_kernels.gram_space.coefficients import Solution
     from fedlora_kernels.gram_space.grams import Grams
+    from fedlora_kernels.rules.florist import FLoRIST
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class FlexLoRA(Rule):
     def __post_init__(self) -> None:
         """Raises ValueError: rank is under 1."""
         at_least_one(rank=self.rank)
+
+    @property
+    def merging(self) -> FLoRIST | None:
+        """All of the sum; without ``rank`` the result depends on the clients' ranks as well."""
+        from fedlora_kernels.rules.florist import FLoRIST
+
+        return None if self.rank is None else FLoRIST(energy=1.0)
 
     def solve(self, grams: Grams) -> Solution:
         """The leading singular components."""

@@ -14,6 +14,7 @@ from fedlora_kernels.rules._rule import Rule
 if TYPE_CHECKING:
     from fedlora_kernels.gram_space.coefficients import Solution
     from fedlora_kernels.gram_space.grams import Grams
+    from fedlora_kernels.rules.florist import FLoRIST
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,13 @@ class FLoRA(Rule):
     heterogeneous = True
     after = "merge"
     combination = "cat"
+
+    @property
+    def merging(self) -> FLoRIST:
+        """All of the sum, in no more ranks than it has."""
+        from fedlora_kernels.rules.florist import FLoRIST
+
+        return FLoRIST(energy=1.0)
 
     def solve(self, grams: Grams) -> Solution:
         """D as the coefficients of A."""

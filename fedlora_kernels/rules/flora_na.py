@@ -19,7 +19,7 @@ The authors' target is the uniform mean: give equal weights for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedlora_kernels._aggregation import Aggregation
     from fedlora_kernels.adapters.adapter import Adapter
     from fedlora_kernels.gram_space.coefficients import Solution
+    from fedlora_kernels.gram_space.exact_sum import ExactSum
     from fedlora_kernels.gram_space.grams import Grams
     from fedlora_kernels.ops._surrogate import Bilinear
 
@@ -92,7 +93,7 @@ class FLoRANA(Rule):
         if self.pair is not None:
             clients = list(grams.batch.clients)
             factor_b, factor_a = _of_means(grams)
-            p, q = (side[clients].expand_as(grams.scalings) for side in self.pair)
+            p, q = (side[clients].to(grams.weights).expand_as(grams.scalings) for side in self.pair)
             return (p * factor_a).contiguous(), (q * factor_b).contiguous()
         if not grams.batch.joined:
             p, q, _ = ops.surrogate(
@@ -117,46 +118,48 @@ class FLoRANA(Rule):
         """One pair for all modules."""
         return self.shared
 
-    def prepared(self, every: Iterable[Grams]) -> FLoRANA:
-        """The pair that minimizes the sum over all modules.
+    def noted(self, grams: Grams) -> Mapping[str, Any]:
+        """What the objective of one pair is made of, under one name: it is a sum over all modules.
 
         Raises:
             AdapterError: there are too many clients, their ranks differ, or a client lacks a module
                 beside ``around``.
         """
+        batch = grams.batch
+        clients = batch.federation - batch.joined
+        if clients > MOST_CLIENTS:
+            raise AdapterError(
+                f"{clients} clients, expected at most {MOST_CLIENTS} for one pair of "
+                "mixing weights for all modules; leave `shared` out, or aggregate fewer "
+                "clients"
+            )
+        self.equal_rank(grams)
+        if batch.joined:
+            self._complete(grams)
+        return {"all modules": _Sum.of(grams)}
+
+    def knowing(self, notes: Mapping[str, Any]) -> FLoRANA:
+        """The pair that minimizes the sum over all modules."""
         import torch
 
         from fedlora_kernels.ops._surrogate import Bilinear, alternate, starts
 
-        found: _Sum | None = None
-        joined = 0
-        for grams in every:
-            batch = grams.batch
-            joined, count = batch.joined, batch.federation
-            if count - joined > MOST_CLIENTS:
-                raise AdapterError(
-                    f"{count - joined} clients, expected at most {MOST_CLIENTS} for one pair of "
-                    "mixing weights for all modules; leave `shared` out, or aggregate fewer "
-                    "clients"
-                )
-            self.equal_rank(grams)
-            if joined:
-                self._complete(grams)
-            if found is None:
-                found = _Sum(count, batch.device)
-            found.add(grams)
-        if found is None:
+        if not notes:
             return self
-        count = found.weights.shape[0]
-        products = found.products.view(1, count * count, count * count)
+        (found,) = notes.values()
+        weights = found.weights
+        count = weights.shape[0]
+        products = found.products.value.view(1, count * count, count * count)
         identity = torch.eye(count * count, dtype=products.dtype, device=products.device)
-        problem = Bilinear(found.total.view(1, 1), found.cross[None], products, identity[None])
+        problem = Bilinear(
+            found.total.value.view(1, 1), found.cross.value[None], products, identity[None]
+        )
         each = torch.arange(count, device=products.device)
-        own = found.products[each, each, each, each].clamp_min(0).sqrt()[None]
-        start = starts(found.weights[None], own)
-        moves = _moves(count, start) if joined else None
+        own = products.view([count] * 4)[each, each, each, each].clamp_min(0).sqrt()[None]
+        start = starts(weights[None], own)
+        moves = _moves(count, start) if found.joined else None
         p, q, _ = alternate(problem, start, self.max_sweeps, self.tol, moves)
-        if not joined:
+        if not found.joined:
             norm_p, norm_q = p.norm(), q.norm()
             balance = torch.where((norm_p > 0) & (norm_q > 0), (norm_p / norm_q).sqrt(), 1)
             p, q = p / balance, q * balance
@@ -243,35 +246,71 @@ def _of_means(grams: Grams) -> tuple[float | Tensor, float | Tensor]:
     return (inverse if grams.batch.renormalized else 1.0), inverse
 
 
+@dataclass(frozen=True)
 class _Sum:
-    """The sums over all modules of what the objective of one pair depends on."""
+    """The sums over modules of what the objective of one pair depends on."""
 
-    def __init__(self, count: int, device: Any) -> None:
-        import torch
+    joined: int
+    """how many adapters are not clients"""
+    shares: Mapping[int, float]
+    """client -> its share of all weights"""
+    federation: int
+    """K"""
+    total: ExactSum
+    """[]"""
+    cross: ExactSum
+    """[K,K]"""
+    products: ExactSum
+    """[K,K,K,K]"""
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        self.total = zeros(1)
-        self.weights = zeros(count)
-        self.cross = zeros(count, count)
-        self.products = zeros(count, count, count, count)
-
-    def add(self, grams: Grams) -> None:
+    @classmethod
+    def of(cls, grams: Grams) -> _Sum:
         """One batch; clients that lack its modules add nothing."""
         import torch
 
-        clients = torch.tensor(grams.batch.clients, device=grams.batch.device)
-        total, cross, flat_b, flat_a = _problem(grams).bilinear
-        self.total += total.sum()
-        self.weights[clients] = grams.batch.shares
-        self.cross[clients[:, None], clients] += cross.sum(0)
-        sides = (side.transpose(0, 1).flatten(1) for side in (flat_b, flat_a))
-        b, a = sides
-        products = (b @ a.mT).view([len(clients)] * 4)
-        self.products[
-            clients[:, None, None, None], clients[:, None, None], clients[:, None], clients
-        ] += products
+        from fedlora_kernels.gram_space.exact_sum import ExactSum
+
+        batch = grams.batch
+        clients = torch.tensor(batch.clients)
+        count = batch.federation
+        places = clients[:, None, None, None], clients[:, None, None], clients[:, None], clients
+
+        def of_all(of_these: Tensor) -> ExactSum:
+            """With zeros for the clients that lack the modules."""
+            whole = of_these.new_zeros([count] * of_these.dim())
+            return ExactSum(whole.index_put(places[4 - of_these.dim() :], of_these))
+
+        found: _Sum | None = None
+        parts = (part.cpu() for part in _problem(grams).bilinear)  # sums of all processes' devices
+        for total, cross, b, a in zip(*parts, strict=True):
+            one = cls(
+                batch.joined,
+                dict(zip(batch.clients, batch.shares.tolist(), strict=True)),
+                count,
+                ExactSum(total[0]),
+                of_all(cross),
+                of_all((b @ a.mT).view([len(clients)] * 4)),
+            )
+            found = one if found is None else found + one
+        assert found is not None
+        return found
+
+    def __add__(self, other: _Sum) -> _Sum:
+        """Of more modules."""
+        return _Sum(
+            self.joined,
+            {**self.shares, **other.shares},
+            self.federation,
+            self.total + other.total,
+            self.cross + other.cross,
+            self.products + other.products,
+        )
+
+    @property
+    def weights(self) -> Tensor:
+        """Every client's share of all weights, 0 of those without any module: [K] float64."""
+        shares = [self.shares.get(k, 0.0) for k in range(self.federation)]
+        return self.cross.value.new_tensor(shares)
 
 
 def _moves(count: int, like: Tensor) -> Tensor:

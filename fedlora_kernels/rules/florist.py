@@ -9,9 +9,9 @@ eigenproblem give the same factors. Singular values are not shrunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedlora_kernels.rules._rule import Rule, at_least_one, option
 
@@ -86,7 +86,12 @@ class FLoRIST(Rule):
         """One budget for the whole model: its modules compete."""
         return self.rank_budget is not None
 
-    def prepared(self, every: Iterable[Grams]) -> FLoRIST:
+    def noted(self, grams: Grams) -> Mapping[str, Any]:
+        """The energies per parameter of each module's ranks."""
+        sigma = grams.spectrum.sigma[:, : self._cap(grams)].cpu()
+        return dict(zip(grams.modules, sigma.square() / sum(grams.size), strict=True))
+
+    def knowing(self, notes: Mapping[str, Any]) -> FLoRIST:
         """The budget spent. Greedy is optimal: within a module the values fall, so each is bought
         after the last.
 
@@ -96,26 +101,24 @@ class FLoRIST(Rule):
         import torch
 
         assert self.rank_budget is not None
-        worth: list[Tensor] = []
-        owner: list[Tensor] = []
-        modules: list[str] = []
-        for grams in every:
-            sigma = grams.spectrum.sigma[:, : self._cap(grams)].cpu()
-            value = sigma.square() / sum(grams.size)
-            value[:, 0] = value[:, 0].where(value[:, 0] == 0, torch.inf)  # at least rank 1
-            worth.append(value.flatten())
-            places = len(modules) + torch.arange(len(grams.modules))
-            owner.append(places.repeat_interleave(value.shape[1]))
-            modules += grams.modules
-        values, owners = torch.cat(worth), torch.cat(owner)
+        counts = torch.tensor([len(worth) for worth in notes.values()])
+        owners = torch.arange(len(notes)).repeat_interleave(counts)
+        values = torch.cat(list(notes.values()))
+        starts = counts.cumsum(0) - counts
+        values[starts] = values[starts].where(values[starts] == 0, torch.inf)  # at least rank 1
         live = int((values == torch.inf).sum())
         if self.rank_budget < live:
             raise ValueError(
                 f"rank_budget {self.rank_budget} is less than rank 1 for each of {live} modules"
             )
         order = values.argsort(descending=True, stable=True)[: self.rank_budget]
-        bought = owners[order[values[order] > 0]].bincount(minlength=len(modules))
-        return replace(self, spent=dict(zip(modules, bought.tolist(), strict=True)))
+        bought = owners[order[values[order] > 0]].bincount(minlength=len(notes))
+        return replace(self, spent=dict(zip(notes, bought.tolist(), strict=True)))
+
+    @property
+    def merging(self) -> FLoRIST:
+        """All of the sum: every option looks at the sum of the products alone."""
+        return FLoRIST(energy=1.0)
 
     def widest(self, ranks: Sequence[int], size: tuple[int, int]) -> int:
         """At most min(R, m, n), and no more than rank or max_rank."""

@@ -9,9 +9,9 @@ count. Client k takes the first r_k rows and columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedlora_kernels.rules._rule import Rule, option
 
@@ -33,6 +33,7 @@ class HetLoRA(Rule):
     exact = "padded averages, not exact"
     heterogeneous = True
     receives = "leading"
+    of_holders = True
 
     norm_weighted: bool = option(
         True,
@@ -52,6 +53,11 @@ class HetLoRA(Rule):
     def averages(self) -> bool:
         """A client's norm is known when it is read, but a result holds no sum of the norms."""
         return not self.norm_weighted
+
+    @property
+    def merging(self) -> HetLoRA | None:
+        """Itself, where it averages: zeros beside a mean are the mean of zeros."""
+        return self if self.averages else None
 
     def solve(self, grams: Grams) -> Solution:
         """The coefficients that pad and average."""
@@ -86,17 +92,23 @@ class HetLoRA(Rule):
             "weight 0 is left out: each client counts by the norm of its update"
         )
 
-    def prepared(self, every: Iterable[Grams]) -> HetLoRA:
+    def noted(self, grams: Grams) -> Mapping[str, Any]:
+        """Of each module, client -> its share of all weights and its squared norm."""
+        shares = grams.batch.shares.tolist()
+        return {
+            module: dict(zip(grams.batch.clients, zip(shares, squares, strict=True), strict=True))
+            for module, squares in zip(grams.modules, _squared_norms(grams).tolist(), strict=True)
+        }
+
+    def knowing(self, notes: Mapping[str, Any]) -> HetLoRA:
         """The clients' weights, which sum to 1 over all clients of the round."""
-        squares: dict[int, float] = {}
+        squares: dict[int, list[float]] = {}
         own: dict[int, float] = {}
-        for grams in every:
-            added = _squared_norms(grams).sum(0).tolist()
-            shares = grams.batch.shares.tolist()
-            for k, square, share in zip(grams.batch.clients, added, shares, strict=True):
-                squares[k] = squares.get(k, 0.0) + square
+        for found in notes.values():
+            for k, (share, square) in found.items():
+                squares.setdefault(k, []).append(square)
                 own[k] = share if self.example_weighted else float(share > 0)
-        norms = {k: own[k] * math.sqrt(square) for k, square in squares.items()}
+        norms = {k: own[k] * math.sqrt(math.fsum(found)) for k, found in squares.items()}
         if not sum(norms.values()) > 0:
             norms = own
         total = sum(norms.values())

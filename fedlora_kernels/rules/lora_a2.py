@@ -15,9 +15,9 @@ into the factor that was trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.rules._rule import Rule, at_least_one, option
@@ -63,7 +63,7 @@ class LoRAA2(RoLoRA):
         count = len(grams.batch.client_ranks)
         if self.masks is None or count == 0:
             return super().solve(grams)
-        masks = torch.stack([self.masks[module] for module in grams.modules]).double()
+        masks = torch.stack([self.masks[module] for module in grams.modules]).to(grams.weights)
         scaling, folded = common_scaling(grams)
         weights = grams.weights[:count, None]
         trained = (folded[:, :count, None] * weights * masks).flatten(1)
@@ -75,41 +75,50 @@ class LoRAA2(RoLoRA):
         b, a = (trained, first) if self.fixed == "a" else (first, trained)
         return Solution(replace(padded(grams, scaling[:, None] * b, a), common=scaling))
 
-    def prepared(self, every: Iterable[Grams]) -> LoRAA2:
+    @property
+    def merging(self) -> LoRAA2 | None:
+        """Itself, unless each client's own ranks are chosen."""
+        return self if self.budget is None else None
+
+    def noted(self, grams: Grams) -> Mapping[str, Any]:
+        """Of each module what RoLoRA notes and, for a budget, the clients' scores.
+
+        Raises:
+            AdapterError: clients' ranks differ; names the client and the module.
+        """
+        count = len(grams.batch.client_ranks)
+        if 0 < count < len(grams.ranks):
+            self.carried_rank(grams)
+        of_factors = super().noted(grams)
+        if self.budget is None or count == 0:
+            return {module: (odd, None) for module, odd in of_factors.items()}
+        began = count < len(grams.ranks)
+        rows = zip(*(_scores(grams, side).cpu() for side in "ab"), strict=True)
+        return {
+            module: (odd, _Scores(grams.batch.clients[:count], began, {"a": of_a, "b": of_b}))
+            for (module, odd), (of_a, of_b) in zip(of_factors.items(), rows, strict=True)
+        }
+
+    def knowing(self, notes: Mapping[str, Any]) -> LoRAA2:
         """The rule that knows which factor is common, and which ranks count.
 
         Raises:
-            AdapterError: clients' ranks differ, neither factor is common, or the clients trained A
-                and nothing was carried; names the client and the module.
+            AdapterError: neither factor is common, or the clients trained A and nothing was
+                carried; names the client and the module.
         """
-        scores: dict[str, dict[str, tuple[tuple[int, ...], Tensor]]] = {"a": {}, "b": {}}
-        unknown: list[str] = []
-
-        def scored() -> Iterator[Grams]:
-            for grams in every:
-                count = len(grams.batch.client_ranks)
-                if 0 < count < len(grams.ranks):
-                    self.carried_rank(grams)
-                yield grams  # ranks that differ are refused here
-                if self.budget is None or count == 0:
-                    continue
-                if count == len(grams.ranks):
-                    unknown.extend(grams.modules)
-                for side, of in scores.items():
-                    rows = zip(grams.modules, _scores(grams, side), strict=True)
-                    of |= {module: (grams.batch.clients[:count], row) for module, row in rows}
-
-        known = super().prepared(scored())
+        known = super().knowing({module: odd for module, (odd, _) in notes.items()})
         assert isinstance(known, LoRAA2)
         if self.budget is None:
             return known
-        if known.fixed == "b" and unknown:
+        scores = {module: found for module, (_, found) in notes.items() if found is not None}
+        unknown = next((module for module, found in scores.items() if not found.began), None)
+        if known.fixed == "b" and unknown is not None:
             raise AdapterError(
-                f"module {unknown[0]}: the clients trained A, and the A that they started from is "
+                f"module {unknown}: the clients trained A, and the A that they started from is "
                 "not known; give carried=last.carried of the last round's result (in Python only), "
                 "or leave `budget` out"
             )
-        return replace(known, masks=_chosen(scores[str(known.fixed)], self.budget))
+        return replace(known, masks=_chosen(scores, str(known.fixed), self.budget))
 
     def joins(self, carried: Any) -> Sequence[tuple[Adapter, float]]:
         """The last global adapter, with weight 0.
@@ -142,21 +151,33 @@ def _scores(grams: Grams, fixed: str) -> Tensor:
     return found
 
 
-def _chosen(scores: Mapping[str, tuple[tuple[int, ...], Tensor]], budget: int) -> dict[str, Tensor]:
+class _Scores(NamedTuple):
+    """Of one module."""
+
+    clients: tuple[int, ...]
+    """the K clients that have it"""
+    began: bool
+    """whether it is known what they started from"""
+    sizes: Mapping[str, Tensor]
+    """the common factor -> the scores of what was trained beside it, [K,r]"""
+
+
+def _chosen(scores: Mapping[str, _Scores], fixed: str, budget: int) -> dict[str, Tensor]:
     """Of every client the ranks with the largest scores, ``budget`` times its modules; of equal
     scores the first ones.
     """
     import torch
 
-    masks = {module: torch.zeros_like(row, dtype=torch.bool) for module, (_, row) in scores.items()}
+    rows = {module: found.sizes[fixed] for module, found in scores.items()}
+    masks = {module: torch.zeros_like(row, dtype=torch.bool) for module, row in rows.items()}
     places: dict[int, list[tuple[str, int]]] = {}
-    for module, (clients, _) in scores.items():
-        for place, client in enumerate(clients):
+    for module, found in scores.items():
+        for place, client in enumerate(found.clients):
             places.setdefault(client, []).append((module, place))
     for mine in places.values():
-        values = torch.stack([scores[module][1][place] for module, place in mine])
+        values = torch.stack([rows[module][place] for module, place in mine])
         best = values.flatten().argsort(descending=True, stable=True)[: budget * len(mine)]
-        kept = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
+        kept = torch.zeros(values.numel(), dtype=torch.bool)
         kept[best] = True
         for (module, place), row in zip(mine, kept.view_as(values), strict=True):
             masks[module][place] = row

@@ -9,9 +9,9 @@ from the factors; nothing has to count the rounds here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.rules._rule import Rule
@@ -57,37 +57,46 @@ class RoLoRA(Rule):
         """The common factor is the same one in all modules."""
         return True
 
-    def prepared(self, every: Iterable[Grams]) -> RoLoRA:
+    @property
+    def merging(self) -> RoLoRA | None:
+        """Itself."""
+        return self
+
+    def noted(self, grams: Grams) -> Mapping[str, Any]:
+        """Of each module, factor -> the first client whose own differs, and what to say of it.
+
+        Raises:
+            AdapterError: clients' ranks differ; names the client and the module.
+        """
+        self.equal_rank(grams)
+        pairs, count = grams.batch.pairs, len(grams.ranks)
+        notes: dict[str, dict[str, tuple[int, str]]] = {}
+        for place, module in enumerate(grams.modules):
+            mine = pairs[place * count : (place + 1) * count]
+            odd = notes[module] = {}
+            for side, other in (("a", "b"), ("b", "a")):
+                k = next((k for k in range(count) if not _same(mine[k], mine[0], side)), None)
+                if k is not None:
+                    odd[side] = (
+                        k,
+                        f"{grams.batch.where(place * count + k)}: {side.upper()} differs from "
+                        f"{grams.labels[0]}'s, and {other.upper()} is not common to all either; "
+                        f"{self.name} expects clients that trained one factor and share the other",
+                    )
+        return notes
+
+    def knowing(self, notes: Mapping[str, Any]) -> RoLoRA:
         """The rule that knows which factor is common; A where both are.
 
         Raises:
-            AdapterError: clients' ranks differ, or neither factor is common; names the client and
-                the module.
+            AdapterError: neither factor is common; names the client and the module.
         """
         odd: dict[str, tuple[int, str]] = {}
-        for grams in every:
-            self.equal_rank(grams)
-            for side, other in (("a", "b"), ("b", "a")):
-                index = None if side in odd else self._odd_one(grams, side)
-                if index is not None:
-                    said = (
-                        f"{grams.batch.where(index)}: {side.upper()} differs from "
-                        f"{grams.labels[0]}'s, and {other.upper()} is not common to all either; "
-                        f"{self.name} expects clients that trained one factor and share the other"
-                    )
-                    odd[side] = (index % len(grams.ranks), said)
+        for found in notes.values():
+            odd = {**found, **odd}  # the first of each
         if len(odd) == 2:  # the factor that more of the clients share
             raise AdapterError(max(odd["a"], odd["b"], key=lambda found: found[0])[1])
         return replace(self, fixed="b" if "a" in odd else "a")
-
-    def _odd_one(self, grams: Grams, side: str) -> int | None:
-        """The first of the batch's pairs whose factor differs from its module's first client's."""
-        pairs = grams.batch.pairs
-        count = len(grams.ranks)
-        for index, pair in enumerate(pairs):
-            if not _same(pair, pairs[index - index % count], side):
-                return index
-        return None
 
 
 def _same(one: Factors, other: Factors, side: str) -> bool:

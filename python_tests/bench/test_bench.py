@@ -605,6 +605,9 @@ def test_clients_on_disk_are_those_of_the_stacks(tmp_path: Path) -> None:
             assert torch.equal(pair.a, stacks.client_a[layer][k])
 
 
+EMPTY_SCALE = "<!-- benchmark scale -->\n<!-- end -->"
+
+
 def test_scale(tmp_path: Path) -> None:
     found = scale.measure(Setting(CPU, ROOF, True, Console(quiet=True)))
     assert found.pop("failed") is False
@@ -614,11 +617,18 @@ def test_scale(tmp_path: Path) -> None:
     assert {row["rule"] for row in found["arrivals"]} == {"fedit", "florist"}
     assert found["report"]["report_seconds"] > 0
     assert [curve["axis"] for curve in found["growth"]] == ["clients", "rank", "modules"]
+    points = found["processes"]["points"]
+    counts = [(point["rule"], point["processes"]) for point in points]
+    assert counts[:2] == [("fedit", 1), ("fedit", 2)]
+    assert all(point["seconds"] > 0 for point in points)
     results.write(tmp_path, CPU, results.document("scale", CPU, ROOF, found))
-    page = pages.filled("<!-- benchmark scale -->\n<!-- end -->", tmp_path, "a")
+    page = pages.filled(EMPTY_SCALE, tmp_path, "a")
     assert "40 clients, Llama-2-7B q_proj 2 x 48x40, 40 x 16, bf16: 225 kB of files" in page
     assert page.count("| `fedit` | 1 | 25,000 | 225 kB |") == 1
     assert page.count("| `fedit` | 4 | 1 |") == 1
+    assert page.count("| `florist` | 2 | 1 | ") == 1
+    results.write(tmp_path, CPU, results.document("scale", CPU, ROOF, found | {"processes": None}))
+    assert "several processes" not in pages.filled(EMPTY_SCALE, tmp_path, "a")
 
 
 def test_an_optimum_that_is_missed_is_seen(tmp_path: Path) -> None:
