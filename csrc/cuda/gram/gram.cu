@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int thread = static_cast<int>(threadIdx.x);
   {
     const int64_t line = (thread < kTile ? row_tile : column_tile) * kTile + thread % kTile;
-    Lines find(x, module);
+    Lines<S, kRows> find(x, module);
     find.seek(line);
     lines[thread] = find(line);
   }
