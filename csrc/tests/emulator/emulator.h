@@ -78,6 +78,10 @@ constexpr int kWarp = 32;
 // Fused multiply-adds of the kernels so far; a tensor-core instruction has one per product.
 inline uint64_t fused = 0;
 
+// Of these, what tensor cores did, by the multiprocessor's scheduler: warp w of a block is on w
+// % 4.
+inline uint64_t on_scheduler[4] = {};
+
 // Bytes of asynchronous copies so far.
 inline uint64_t copied = 0;
 
