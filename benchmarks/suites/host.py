@@ -14,6 +14,7 @@ Times are the CPU's for this thread (``time.thread_time``), so a busy machine ch
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -77,9 +78,8 @@ def measure(setting: Setting) -> dict[str, Any]:
     rounds = []
     for rule in RULES:
         with overhead.operators_timed(time.thread_time) as watch:
-            samples = cpu_seconds(
-                lambda rule=rule: flk.aggregate(clients, rule=rule), 2 if setting.tiny else ROUNDS
-            )
+            round_ = partial(flk.aggregate, clients, rule=rule)
+            samples = cpu_seconds(round_, 2 if setting.tiny else ROUNDS)
         inside = watch.seconds / (len(samples) + 1)
         row = {"rule": rule, "cpu_seconds": median(samples), "operators": inside}
         setting.console.print(
