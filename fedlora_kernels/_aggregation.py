@@ -336,6 +336,7 @@ class Work:
                 continue
             grams, solution = item
             rows.update(report(grams, solution or self._prepared.solve(grams)))
+            grams.batch.forget()
             if not self._round.keeps(grams):
                 grams.forget()
         return rows

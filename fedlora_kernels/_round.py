@@ -331,6 +331,7 @@ class Round:
         """
         for grams in self.grams if every is None else every:
             yield grams
+            grams.batch.forget()
             if not self.keeps(grams):
                 grams.forget()
 

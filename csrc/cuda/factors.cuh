@@ -35,12 +35,13 @@ struct Line {
 };
 
 // Finds lines; quickest where they are asked for in ascending order.
+template <class S, bool kRows>
 class Lines {
  public:
-  __device__ Lines(const Factors& x, int64_t module) : x_(x), next_(x.rank) {
+  __device__ Lines(const Factors& x, int64_t module) : x_(x), next_(static_cast<int>(x.rank)) {
     if (x.pieces == nullptr) {
-      const int64_t offset = module * x.module_stride * bytes_of(x.dtype);
-      piece_ = {static_cast<const char*>(x.data) + offset, 0, x.stride};
+      stride_ = x.stride * kSize;
+      zeroth_ = reinterpret_cast<uintptr_t>(x.data) + module * x.module_stride * kSize;
     } else {
       table_ = x.pieces + module * x.count;
       go_to(0);
@@ -50,10 +51,8 @@ class Lines {
   __device__ Line operator()(int64_t line) {
     if (line >= x_.rank) return {nullptr, 0};
     while (line >= next_) go_to(index_ + 1);
-    const int64_t size = bytes_of(x_.dtype);
-    const int64_t inside = line - piece_.start;
-    return {static_cast<const char*>(piece_.data) + inside * size * (x_.rows ? piece_.stride : 1),
-            size * (x_.rows ? 1 : piece_.stride)};
+    return {reinterpret_cast<const char*>(zeroth_ + line * (kRows ? stride_ : kSize)),
+            kRows ? kSize : stride_};
   }
 
   // Whether `count` lines from the one last asked for on lie in one piece.
@@ -62,10 +61,10 @@ class Lines {
   // Goes straight to the piece of a line, where there are many before it.
   __device__ void seek(int64_t line) {
     if (table_ == nullptr || line >= x_.rank) return;
-    int64_t low = 0;
-    int64_t high = x_.count;
+    int low = 0;
+    int high = static_cast<int>(x_.count);
     while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
+      const int middle = (low + high) / 2;
       if (table_[middle].start <= line) {
         low = middle;
       } else {
@@ -76,17 +75,22 @@ class Lines {
   }
 
  private:
-  __device__ void go_to(int64_t index) {
+  static constexpr int64_t kSize = sizeof(S);
+
+  __device__ void go_to(int index) {
+    const Piece& piece = table_[index];
     index_ = index;
-    piece_ = table_[index];
-    next_ = index + 1 < x_.count ? table_[index + 1].start : x_.rank;
+    stride_ = piece.stride * kSize;
+    zeroth_ = reinterpret_cast<uintptr_t>(piece.data) - piece.start * (kRows ? stride_ : kSize);
+    next_ = static_cast<int>(index + 1 < x_.count ? table_[index + 1].start : x_.rank);
   }
 
   const Factors& x_;
   const Piece* table_ = nullptr;
-  Piece piece_;
-  int64_t index_ = 0;
-  int64_t next_;  // first line of the next piece
+  uintptr_t zeroth_ = 0;  // where line 0 would begin if the piece had the lines before its own
+  int64_t stride_ = 0;    // of the piece, in bytes
+  int index_ = 0;
+  int next_;  // first line of the next piece
 };
 
 __device__ __forceinline__ bool aligned(const void* address) {
@@ -125,42 +129,48 @@ __device__ __forceinline__ Numbers<S, kCount> read(const char* from) {
   return *reinterpret_cast<const Numbers<S, kCount>*>(from);
 }
 
-// A lane's share of 32 lines, from line 32 * `region` on, and of the 4 E numbers of a step.
+// A lane's share of 32 lines, from line 32 * `region` on, of kCount slices of a tile across.
+template <class S, int kLines, int kCount>
+__device__ __forceinline__ void read_slices(const char* tile, int region, int first,
+                                            S (&raw)[4][kCount]) {
+  const int g = static_cast<int>(threadIdx.x) % 32 / 4;
+  const int t = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+    const int k = 4 * (first + s) + t;
+    if constexpr (kUnit<S> == 2) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto unit = read<S, 2>(tile + place_across<S, kLines>(k, 16 * region + 8 * half + g));
+        raw[2 * half][s] = unit.at[0];
+        raw[2 * half + 1][s] = unit.at[1];
+      }
+    } else {
+      constexpr int kShare = kUnit<S> / 4;  // lanes that share a unit
+      const auto four = read<S, 4>(
+          tile + place_across<S, kLines>(k, 8 / kShare * region + g / kShare) + g % kShare * 8);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) raw[j][s] = four.at[j];
+    }
+  }
+}
+
+// The same of the 4 E numbers of a step, either way.
 template <class S, bool kAlong, int kLines, int kSteps>
 __device__ __forceinline__ void read_fragments(const char* tile, int region, int step,
                                                S (&raw)[4][kUnit<S>]) {
   constexpr int kE = kUnit<S>;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int g = lane / 4;
-  const int t = lane % 4;
   if constexpr (kAlong) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int line = 32 * region + 8 * j + g;
-      const auto unit = read<S, kE>(tile + place_along<kSteps>(line, 4 * step + t));
+      const int line = 32 * region + 8 * j + lane / 4;
+      const auto unit = read<S, kE>(tile + place_along<kSteps>(line, 4 * step + lane % 4));
 #pragma unroll
       for (int s = 0; s < kE; ++s) raw[j][s] = unit.at[s];
     }
   } else {
-#pragma unroll
-    for (int s = 0; s < kE; ++s) {
-      const int k = 4 * kE * step + 4 * s + t;
-      if constexpr (kE == 2) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const auto unit =
-              read<S, 2>(tile + place_across<S, kLines>(k, 16 * region + 8 * half + g));
-          raw[2 * half][s] = unit.at[0];
-          raw[2 * half + 1][s] = unit.at[1];
-        }
-      } else {
-        constexpr int kShare = kE / 4;  // lanes that share a unit
-        const auto four = read<S, 4>(
-            tile + place_across<S, kLines>(k, 8 / kShare * region + g / kShare) + g % kShare * 8);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) raw[j][s] = four.at[j];
-      }
-    }
+    read_slices<S, kLines>(tile, region, kE * step, raw);
   }
 }
 

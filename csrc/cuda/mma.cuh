@@ -116,6 +116,7 @@ void multiply(void* const* arguments, const F& value) {
   T a[16][kDepth];
   T b[kDepth][8];
   emulator::fused += 16 * 8 * kDepth;
+  emulator::on_scheduler[threadIdx.x / emulator::kWarp % 4] += 16 * 8 * kDepth;
   for (int lane = 0; lane < emulator::kWarp; ++lane) {
     const int g = lane / 4;
     const int t = lane % 4;

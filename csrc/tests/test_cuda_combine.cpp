@@ -1,5 +1,7 @@
 #include <doctest/doctest.h>
 
+#include <cstdio>
+
 #include "cuda/combine.h"
 #include "cuda_side.h"
 
@@ -73,6 +75,49 @@ TEST_CASE("products of clients where they lie") {
               (1 + 0x1p-20) * eps * (dtype == DType::fp64 ? rank : 1) * largest(expected));
         const Setting setting(kH200, 9);
         CHECK(combined(side.factors(), given, width) == out);
+      }
+    }
+  }
+}
+
+TEST_CASE("a block keeps its coefficients over several tiles, and reads only those wanted") {
+  // On one multiprocessor a block takes all the tiles it can, and with little shared memory one.
+  constexpr cuda::Device kOne = {1, emulator::kH200.shared_per_block, 90};
+  constexpr cuda::Device kTight = {1, 96 * 1024, 90};
+  constexpr int64_t kRank = 128, kDepth = 3000, kTiles = 24, kBlocks = 8;
+  std::printf("combine  p  MB of factors, coefficients kept, and again for every tile\n");
+  for (const DType dtype : {DType::bf16, DType::fp32, DType::fp64}) {
+    for (const bool rows : {false, true}) {
+      for (const int64_t width : {5, 64}) {
+        const Matrix x = rows ? random(kRank, kDepth, 1) : random(kDepth, kRank, 1);
+        const CudaSide side({rounded(x, dtype)}, rows, {96, 32}, kDepth, dtype);
+        const Matrix c = random(kRank, width, 2);
+        for (const int64_t used : {int64_t{0}, width}) {
+          const cuda::Coefficients given = {c.data(), 0, width, 1, width, &used};
+          const auto copied = [&](const cuda::Device& device, std::vector<char>& out) {
+            const Setting setting(device);
+            const uint64_t before = emulator::copied;
+            out = combined(side.factors(), given, width);
+            return emulator::copied - before;
+          };
+          std::vector<char> out, other;
+          const uint64_t kept = copied(kOne, out);
+          const uint64_t again = copied(kTight, other);
+          CHECK(out == other);
+          const uint64_t coefficients = static_cast<uint64_t>(kRank * used) * sizeof(double);
+          if (used == 0) {
+            CHECK(kept == 0);
+            continue;
+          }
+          // Not all factors are aligned, and only those that are come asynchronously.
+          const uint64_t factors = again - kTiles * coefficients;
+          if (dtype == DType::bf16) {
+            std::printf("%s %8d %13.2f %18.2f %22.2f\n", rows ? "A" : "B", static_cast<int>(used),
+                        kRank * kDepth * 2 / 1e6, (kept - factors) / 1e6,
+                        kTiles * coefficients / 1e6);
+          }
+          CHECK(kept - factors == kBlocks * coefficients);
+        }
       }
     }
   }

@@ -1,6 +1,9 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
+#include <cstdio>
+#include <numeric>
 
 #include "cuda/gram/gram.h"
 #include "cuda_side.h"
@@ -83,6 +86,33 @@ TEST_CASE("stacks need no table, and both kinds of device give one result") {
     CHECK(cuda::gram_workspace(stack, false) > 0);
     const Setting setting(kA100);
     CHECK(distance(gram_of(stack, false), g) <= 1e-12 * largest(g));
+  }
+}
+
+TEST_CASE("the four schedulers of a multiprocessor share the products evenly") {
+  // With a quadrant for each warp, those on the diagonal take 8 of 8 tensor-core tiles and the
+  // fourth none: the busiest scheduler has 4/3 of its share at R = 64, 6/5 at R = 128.
+  std::printf(
+      "gram      R  million products  busiest scheduler / mean, with a quadrant for each\n");
+  for (const int64_t rank : {64, 128, 256}) {
+    constexpr int64_t kDepth = 256;
+    for (const bool rows : {false, true}) {
+      const Matrix x = rows ? random(rank, kDepth, 1) : random(kDepth, rank, 1);
+      const CudaSide side({x}, rows, {rank}, kDepth, DType::bf16);
+      std::ranges::fill(emulator::on_scheduler, 0);
+      gram_of(side.factors(), false);
+      const auto& each = emulator::on_scheduler;
+      const auto all = static_cast<double>(std::accumulate(each, each + 4, uint64_t{0}));
+      const double busiest = 4 * static_cast<double>(*std::max_element(each, each + 4)) / all;
+      const auto tiles = static_cast<double>(rank) / 64;
+      const double quadrants =
+          (tiles * (tiles - 1) / 2 + tiles) / (tiles * (tiles - 1) / 2 + tiles * 3 / 4);
+      std::printf("%s %6d %17.1f %24.3f %22.3f\n", rows ? "A " : "B ", static_cast<int>(rank),
+                  all / 1e6, busiest, quadrants);
+      CHECK(busiest == 1);
+      // What three of the four quadrants of a tile on the diagonal take, and no more.
+      CHECK(all == kDepth * 4096.0 * (tiles * (tiles - 1) / 2 + tiles * 3 / 4));
+    }
   }
 }
 

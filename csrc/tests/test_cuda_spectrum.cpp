@@ -288,7 +288,17 @@ TEST_CASE("spectrum on the device: the leading part beside modules without a cer
       }
       CHECK(sum >= (share - 1e-12) * total - noise);
       if (module == 0 || module == 3) CHECK(count < 20);
-      if (module == 1) CHECK(count == rank);
+      if (module == 1) {  // the full route keeps no more than what was asked for
+        CHECK(count > 20);
+        CHECK(sum - sigma[count - 1] * sigma[count - 1] < share * total);
+        const auto zero = [](double value) { return value == 0; };
+        for (int64_t i = 0; i < rank; ++i) {
+          const double* left = part.left.data() + (module * rank + i) * rank;
+          const double* right = part.right.data() + (module * rank + i) * rank;
+          CHECK(std::all_of(left + count, left + rank, zero));
+          CHECK(std::all_of(right, right + rank, zero) == (i >= count));
+        }
+      }
     }
     for (const uint64_t seed : {2, 3}) {
       const Result other = with_seed(seed);

@@ -21,7 +21,8 @@ from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.factors import Factors
 from fedlora_kernels.adapters.peft_format import label
-from fedlora_kernels.ops._gram import stack as stacked
+from fedlora_kernels.backends.lists import moved
+from fedlora_kernels.backends.lists import stack as stacked
 
 ABSENT = ("zero", "renormalize")
 
@@ -30,6 +31,11 @@ GRAM_BYTES = 1 << 27
 
 Some ten such arrays live while a batch is worked on; one module is a batch however large it is.
 """
+
+GPU_SHARE = 64
+"""On a GPU they may take this part of its memory where that is more: 1.25 GiB of 80 GiB are 640
+modules at R = 512. Its kernels give a module one block of threads, so a batch that keeps all
+multiprocessors busy has several times as many modules."""
 
 WIDE_RANK = 512
 """From this stacked rank on :func:`is_wide` looks at the module's size: below, matrices of R x R
@@ -112,15 +118,27 @@ class Batch:
             for k, name in zip(self.clients, self.names, strict=True)
         )
 
-    @property
+    @cached_property
     def list_b(self) -> list[Tensor]:
-        """The factors where they lie: list_b[l*K + k] is [m,r_k]."""
+        """The factors where they lie, or copies on the device in the dtype, which :meth:`forget`
+        lets go of: list_b[l*K + k] is [m,r_k].
+        """
         return self._moved([pair.b for pair in self.pairs])
 
-    @property
+    @cached_property
     def list_a(self) -> list[Tensor]:
         """list_a[l*K + k] is [r_k,n]."""
         return self._moved([pair.a for pair in self.pairs])
+
+    @property
+    def first_a(self) -> list[Tensor]:
+        """The first client's A of every module, in no memory that other clients' copies share."""
+        return self._moved([pair.a for pair in self.pairs[:: len(self.clients)]])
+
+    def forget(self) -> None:
+        """Let go of copies on the device; they are made anew for who asks again."""
+        for name in ("list_b", "list_a"):
+            self.__dict__.pop(name, None)
 
     @property
     def b(self) -> Tensor:
@@ -201,7 +219,7 @@ class Batch:
         """In the batch's dtype on its device."""
         if self._in_place:
             return tensors
-        return [tensor.to(self.device, self.dtype) for tensor in tensors]
+        return moved(tensors, self.device, self.dtype)
 
     @cached_property
     def _in_place(self) -> bool:
@@ -230,7 +248,8 @@ def stack(
         device: where the work is done; where the adapters are when None.
         joined: how many of the adapters, the last ones, are not clients.
         gram_bytes: what the matrices G_B of one batch of several modules may take, and a quarter of
-            the factors that come of it; when None, the matrices may take GRAM_BYTES.
+            the factors that come of it; when None, the matrices may take what
+            :func:`gram_bytes_on` says.
         share: which of the modules; all when not given. Sizes are looked at for all of them.
 
     Raises:
@@ -248,22 +267,36 @@ def stack(
     for module, signature in signatures.items():
         if module in chosen:
             groups.setdefault(signature, []).append(module)
-    return [
-        _batch(adapters, signature, part, weights, absent, device, joined)
-        for signature, modules in groups.items()
-        for part in _parts(modules, signature, gram_bytes)
-    ]
+    batches = []
+    for signature, modules in groups.items():
+        first = adapters[signature.clients[0]].factors[modules[0]]
+        where = first.layout.device_b if device is None else torch.device(device)
+        for part in _parts(modules, signature, gram_bytes, where):
+            batches.append(_batch(adapters, signature, part, weights, absent, where, joined))
+    return batches
+
+
+def gram_bytes_on(device: torch.device) -> int:
+    """What the matrices G_B of one batch may take on a device, if nobody says."""
+    if device.type != "cuda":
+        return GRAM_BYTES
+    return share_of(torch.cuda.get_device_properties(device).total_memory)
+
+
+def share_of(memory: int) -> int:
+    """The same for a GPU with so many bytes."""
+    return max(GRAM_BYTES, memory // GPU_SHARE)
 
 
 def _parts(
-    modules: Sequence[str], signature: Signature, gram_bytes: int | None
+    modules: Sequence[str], signature: Signature, gram_bytes: int | None, device: torch.device
 ) -> Iterator[Sequence[str]]:
     """The modules in runs that fit gram_bytes, as equal as can be; wide modules one by one."""
     stacked_rank = sum(signature.ranks)
     largest = 8 * stacked_rank**2
     if gram_bytes is not None:
         largest = max(largest, stacked_rank * sum(signature.size) * signature.dtype.itemsize // 4)
-    fit = max(1, (GRAM_BYTES if gram_bytes is None else gram_bytes) // max(1, largest))
+    fit = max(1, (gram_bytes_on(device) if gram_bytes is None else gram_bytes) // max(1, largest))
     if is_wide(stacked_rank, signature.size):
         fit = 1
     count = -(-len(modules) // fit)
@@ -298,13 +331,12 @@ def _batch(
     modules: Sequence[str],
     weights: Tensor,
     absent: str,
-    device: torch.device | str | None,
+    where: torch.device,
     joined: int,
 ) -> Batch:
     size, present, ranks, dtype = signature
     clients = [adapters[k].factors for k in present]
     pairs = [factors[module] for module in modules for factors in clients]
-    where = pairs[0].layout.device_b if device is None else torch.device(device)
     shares = weights if len(present) == len(adapters) else weights[list(present)]
     shares = present_weights = shares.to(where)
     count = sum(k < len(adapters) - joined for k in present)

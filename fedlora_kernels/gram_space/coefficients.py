@@ -116,7 +116,6 @@ class Mixture:
         """weighted_sum of the factors that travel. Where only A does, B is zero, since every client
         keeps its own; where only B does, A is the first client's own tensor, the same in all.
         """
-        step = len(batch.clients)
         if sends == "a":
             b: Side = [
                 torch.zeros(batch.size[0], self.rank, dtype=batch.dtype, device=batch.device)
@@ -125,7 +124,7 @@ class Mixture:
         else:
             b = ops.weighted_sum_list(batch.list_b, self.q)
         if sends == "b":
-            return b, batch.list_a[::step]
+            return b, batch.first_a
         return b, ops.weighted_sum_list(batch.list_a, self.p)
 
 

@@ -5,7 +5,7 @@ Every number is cut into digits to the base 2^32, at places that are the same fo
     x = sum over e of d_e 2^(32 e)        d_e whole, |d_e| < 2^32
 
 The digits of one place add up without rounding, for up to 2^20 terms. What is rounded is only the
-sum over the places, at the end. Numbers below 2^-1056 count as zero; infinities and NaN stay what they are.
+sum over the places, at the end. Numbers below 2^-1056 count as zero; infinities and NaN stay.
 """
 
 import math

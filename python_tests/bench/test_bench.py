@@ -52,6 +52,7 @@ from benchmarks.suites import (
     flows,
     gpu,
     gram,
+    host,
     rank,
     scale,
     scaling,
@@ -555,6 +556,17 @@ def test_operators_are_timed_once_and_put_back() -> None:
     with overhead.operators_timed() as watch:
         flk.ops.gram_list([torch.ones(4, 2), torch.ones(4, 2)], 1, False)
     assert watch.calls == {"gram_list": 1}
+
+
+def test_host_times_are_of_calls_without_work() -> None:
+    found = host.measure(Setting(CPU, ROOF, True, Console(quiet=True)))
+    assert found["failed"] is False
+    assert [row["operator"] for row in found["operators"]] == list(host.calls(1))
+    for row in found["operators"]:
+        assert 0 < row["cpu_seconds"] < 0.1
+        assert len(row["samples"]) == 3
+    for row in found["rounds"]:
+        assert 0 < row["operators"] < row["cpu_seconds"] + sum(row["samples"])
 
 
 def test_acceptance_and_figures(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from matrices import (
     orthonormal_columns,
 )
 
+import fedlora_kernels as flk
 from fedlora_kernels import ops, reference
 
 raw = torch.ops.fedlora
@@ -522,3 +523,26 @@ def test_fast_on_factors_of_several_chunks() -> None:
     relative = (exact[2] - fast[2]).abs() / exact[2][:, :1]
     rank = int(exact[3])
     assert_within(relative[:, :rank].cpu(), FAST_PRODUCT, "singular values")
+
+
+@pytest.mark.skipif(
+    DEVICE.type != "cuda" or flk.backend() != "cuda",
+    reason="CUDA graphs need a GPU and its kernels",
+)
+@pytest.mark.parametrize("rank", [16, 128])
+def test_a_captured_graph_repeats_the_call(rank: int) -> None:
+    """Nothing waits for the device or decides on the host, with and without a leading part."""
+    generator = torch.Generator().manual_seed(6)
+    b = normal(generator, 3, 200, rank).bfloat16().to(DEVICE)
+    a = normal(generator, 3, rank, 190).bfloat16().to(DEVICE)
+    scale = torch.ones(3, rank, dtype=torch.float64, device=DEVICE)
+    expected = ops.stacked_svd(b, a, scale, 0.9, 8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.stacked_svd(b, a, scale, 0.9, 8)
+    for result in captured:
+        result.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for result, same in zip(captured, expected, strict=True):
+        assert torch.equal(result, same)

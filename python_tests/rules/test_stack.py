@@ -5,6 +5,7 @@ import torch
 from federation import Drawn, draw, federation
 
 import fedlora_kernels as flk
+from fedlora_kernels.backends import lists
 from fedlora_kernels.gram_space import batches as module_of_stack
 from fedlora_kernels.gram_space.batches import stack
 
@@ -116,3 +117,46 @@ def test_a_size_that_differs_names_both_clients_and_the_module(side: str) -> Non
 def test_unknown_way_to_treat_absent_modules() -> None:
     with pytest.raises(ValueError, match=r"absent.*'skip'"):
         stack(draw().adapters, shares(1, 1, 1), absent="skip")
+
+
+@pytest.mark.parametrize(("stage", "pieces"), [(1, 6), (60, 4), (1 << 20, 3)])
+def test_copies_travel_in_few_pieces(
+    stage: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All values, those of one shape and dtype together; what is there already is itself."""
+    monkeypatch.setattr(lists, "STAGE_BYTES", stage)
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(3, 5), (7, 1), (3, 5), (3, 5), (3, 5)]
+    tensors = [torch.randn(size, generator=generator).bfloat16() for size in sizes]
+    tensors[3] = tensors[3].mT.contiguous().mT  # not in the order of memory
+    tensors += [torch.randn(3, 5, generator=generator).double(), torch.empty(0, 4).bfloat16()]
+    there = torch.randn(4, 4, generator=generator)
+    copies = lists.moved([*tensors, there], torch.device("cpu"), torch.float32)
+    assert copies[-1] is there
+    for copy, tensor in zip(copies[:-1], tensors, strict=True):
+        assert torch.equal(copy, tensor.float())
+        assert copy.is_contiguous()
+    stored = {copy.untyped_storage().data_ptr() for copy in copies[:-1] if copy.numel()}
+    assert len(stored) == pieces
+
+
+def test_copies_are_made_once_for_a_batch_and_let_go_of_after_it() -> None:
+    one = [draw(ranks=(4,), alphas=(4,), weights=(1,), dtype=dtype, seed=k).drawn[0]
+           for k, dtype in enumerate((torch.bfloat16, torch.float32))]  # fmt: skip
+    round_ = flk.Round(list(federation(one).adapters))
+    for grams in round_.read():
+        batch = grams.batch
+        assert batch.list_b is batch.list_b
+        assert batch.list_a is batch.list_a
+        first = batch.first_a
+        assert all(torch.equal(x, y) for x, y in zip(first, batch.list_a[::2], strict=True))
+        shared = {x.untyped_storage().data_ptr() for x in batch.list_a}
+        assert not shared & {x.untyped_storage().data_ptr() for x in first}
+    assert all("list_b" not in grams.batch.__dict__ for grams in round_.grams)
+
+
+def test_on_a_gpu_a_batch_grows_with_its_memory() -> None:
+    assert module_of_stack.gram_bytes_on(torch.device("cpu")) == module_of_stack.GRAM_BYTES
+    assert module_of_stack.share_of(16 << 30) == 256 << 20
+    assert module_of_stack.share_of(80 << 30) == 1280 << 20
+    assert module_of_stack.share_of(4 << 30) == module_of_stack.GRAM_BYTES

@@ -1,9 +1,12 @@
 // gram: G_ij = sum_d x_id x_jd, a batched SYRK on tensor cores.
 //
 // Layout     A block makes one 64 x 64 tile of the upper triangle of one module's G, from one share
-//            of the depth; its 4 warps take 32 x 32 each, and those under the diagonal or beyond R
-//            do nothing. Lines of x come through shared memory as they are, 3 stages of
-//            asynchronous copies, and are widened in registers.
+//            of the depth; its 4 warps take 32 x 32 each (a quadrant), those beyond R do nothing.
+//            On the diagonal the lower left quadrant is not wanted: three warps make 32 x 24
+//            numbers of their quadrants, and the fourth the last 8 columns of all three, so that
+//            every warp, on a scheduler of its own, does 3/4 of a quadrant. Lines of x come
+//            through shared memory as they are, 3 stages of asynchronous copies, and are widened
+//            in registers.
 // Precision  Exact: float64 tensor cores. Fast: bf16 and fp16 as they are, fp32 as the sum of two
 //            tf32 (three products, the fourth is under 2^-24), float32 sums of one stage (64 terms,
 //            32 for fp32) added up in float64: tensor cores cut float32 sums off instead of
@@ -15,7 +18,7 @@
 // Memory     Shared: 3 stages x (64 + 64 lines) x 128 bytes + 2 KB of line addresses = 50 KB, so
 //            that 4 blocks fit an SM of 227 KB and 3 one of 163 KB. Registers: 32 float64 sums are
 //            64 of them, 16 + 4 widened operands 40; with fragments and addresses under 220, so
-//            that 2 blocks fit.
+//            that 2 blocks fit, and 3 where fewer fragments are held (blocks_per_sm).
 #include "cuda/factors.cuh"
 #include "gram.h"
 #include "products.cuh"
@@ -28,12 +31,16 @@ constexpr int kThreads = 128;
 constexpr int kSteps = 2;                        // of 64 bytes of depth
 constexpr int kTileBytes = kTile * 64 * kSteps;  // in one stage, whatever the type
 constexpr int kStages = 3;
-constexpr int kSums = 32;   // a thread's share of a tile
-constexpr int kBlocks = 2;  // per SM at least: 255 registers, no kernel spills
+constexpr int kSums = 32;  // a thread's share of a tile
 constexpr size_t kShared = 2 * kTile * sizeof(Line) + kStages * 2 * kTileBytes;
 
 template <class S>
 constexpr int kDepth = 4 * kSteps * kUnit<S>;  // depths in a stage: 16, 32 or 64
+
+// Blocks that an SM holds: 3 where 168 registers are enough on every architecture, else 2 of 255.
+constexpr int blocks_per_sm(int64_t bytes, bool fast) {
+  return bytes == 8 || (bytes == 2 && fast) ? 3 : 2;
+}
 
 struct Split {
   int64_t tiles;   // of a side: ceil(R / 64)
@@ -44,15 +51,17 @@ struct Split {
 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// As many shares of the depth as it takes to give every SM 3 blocks, but none shorter than 8
-// stages: under that, filling the pipeline costs more than the idle SMs.
-Split split_of(const Factors& x) {
+// As many shares of the depth as it takes to give every SM all blocks that it holds, but none
+// shorter than 8 stages: under that, filling the pipeline costs more than the idle SMs.
+Split split_of(const Factors& x, bool fast) {
   Split split = {};
   split.tiles = divided(x.rank, kTile);
   split.pairs = split.tiles * (split.tiles + 1) / 2;
-  const int64_t stage = 64 * kSteps / bytes_of(x.dtype);
+  const int64_t size = bytes_of(x.dtype);
+  const int64_t stage = 64 * kSteps / size;
   const int64_t blocks = x.modules * split.pairs;
-  const int64_t wanted = blocks == 0 ? 1 : divided(3 * device().sm_count, blocks);
+  const int64_t held = blocks_per_sm(size, fast) * device().sm_count;
+  const int64_t wanted = blocks == 0 ? 1 : divided(held, blocks);
   const int64_t most = x.depth / (8 * stage);
   const int64_t shares = wanted < most ? wanted : most;
   split.share = divided(divided(x.depth, shares < 1 ? 1 : shares), stage) * stage;
@@ -100,22 +109,39 @@ __device__ __forceinline__ void load_tile(const Line* lines, bool together, int6
   }
 }
 
+// Which 8 columns a warp's sums [i][j] are: number `block` of the quadrant's four.
+struct Columns {
+  int row;  // of the quadrant in the tile
+  int column;
+  int block;
+};
+
+constexpr int kHelper = 2;  // the warp that has no quadrant of its own on the diagonal
+
+__device__ __forceinline__ Columns columns_of(int warp, bool diagonal, int j) {
+  if (diagonal && warp == kHelper) return {j == 2 ? 1 : 0, j == 0 ? 0 : 1, 3};
+  return {warp / 2, warp % 2, j};
+}
+
 // A thread's sums into both triangles of G.
 template <class S, bool kRows>
 __device__ __forceinline__ void store(const double (&sum)[2][4][4], int64_t row_tile,
                                       int64_t column_tile, int64_t rank, double* out) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const bool diagonal = row_tile == column_tile;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
+      if (diagonal && j == 3) break;
+      const Columns at = columns_of(warp, diagonal, j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int64_t row =
-            row_tile * kTile + warp / 2 * 32 + line_of<S, kRows>(2 * i + e / 2, lane / 4);
-        const int64_t column =
-            column_tile * kTile + warp % 2 * 32 + line_of<S, kRows>(j, lane % 4 * 2 + e % 2);
+            row_tile * kTile + at.row * 32 + line_of<S, kRows>(2 * i + e / 2, lane / 4);
+        const int64_t column = column_tile * kTile + at.column * 32 +
+                               line_of<S, kRows>(at.block, lane % 4 * 2 + e % 2);
         if (row <= column && column < rank) {
           out[row * rank + column] = sum[i][j][e];
           out[column * rank + row] = sum[i][j][e];
@@ -126,7 +152,7 @@ __device__ __forceinline__ void store(const double (&sum)[2][4][4], int64_t row_
 }
 
 template <class S, bool kRows, bool kFast>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), kFast))
     gram_tiles(Factors x, Split split, double* partial, double* out) {
   Line* lines = shared_memory<Line>();
   char* stages = shared_memory<char>() + 2 * kTile * sizeof(Line);
@@ -141,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int thread = static_cast<int>(threadIdx.x);
   {
     const int64_t line = (thread < kTile ? row_tile : column_tile) * kTile + thread % kTile;
-    Lines find(x, module);
+    Lines<S, kRows> find(x, module);
     find.seek(line);
     lines[thread] = find(line);
   }
@@ -177,9 +203,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const int warp_row = thread / 64;
   const int warp_column = thread / 32 % 2;
-  const bool works = row_tile * kTile + warp_row * 32 < x.rank &&
-                     column_tile * kTile + warp_column * 32 < x.rank &&
-                     !(diagonal && warp_row > warp_column);
+  const bool helps = diagonal && thread / 32 == kHelper;
+  const bool works = helps || (row_tile * kTile + warp_row * 32 < x.rank &&
+                               column_tile * kTile + warp_column * 32 < x.rank);
   double sum[2][4][4] = {};
   float part[2][4][4] = {};
   float mixed[2][4][4] = {};
@@ -195,15 +221,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int step = 0; step < kSteps; ++step) {
       S left[4][kUnit<S>];
       S right[4][kUnit<S>];
-      read_fragments<S, kRows, kTile, kSteps>(rows, warp_row, step, left);
-      read_fragments<S, kRows, kTile, kSteps>(columns, warp_column, step, right);
-      if constexpr (kFast && sizeof(S) == 2) {
-        multiply_fast<S>(left, right, part);
-      } else if constexpr (kFast) {
-        multiply_fast(left, right, part, mixed);
-      } else {
-        multiply_exact<S>(left, right, sum);
+      read_fragments<S, kRows, kTile, kSteps>(rows, helps ? 0 : warp_row, step, left);
+      read_fragments<S, kRows, kTile, kSteps>(columns, helps ? 1 : warp_column, step, right);
+      if (!helps) {
+        multiply<0, 4, kFast>(left, right, !diagonal, sum, part, mixed);
+        continue;
       }
+      S last[4][kUnit<S>];
+#pragma unroll
+      for (int s = 0; s < kUnit<S>; ++s) {
+        last[0][s] = left[3][s];
+        last[1][s] = last[2][s] = last[3][s] = right[3][s];
+      }
+      multiply<0, 2, kFast>(left, last, true, sum, part, mixed);
+      multiply<2, 3, kFast>(right, last, true, sum, part, mixed);
     }
     if constexpr (kFast) promote(part, sum);
     if constexpr (kFast && sizeof(S) == 4) promote(mixed, sum);
@@ -238,7 +269,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class S, bool kRows, bool kFast>
 void run(const Factors& x, double* out, void* workspace, Stream stream) {
-  const Split split = split_of(x);
+  const Split split = split_of(x, kFast);
   const int64_t tiles = x.modules * split.pairs;
   double* partial = static_cast<double*>(workspace);
   launch(gram_tiles<S, kRows, kFast>, dim3(static_cast<unsigned>(tiles * split.shares)), kThreads,
@@ -261,8 +292,8 @@ void run(const Factors& x, bool fast, double* out, void* workspace, Stream strea
 
 }  // namespace
 
-size_t gram_workspace(const Factors& x, bool) {
-  const Split split = split_of(x);
+size_t gram_workspace(const Factors& x, bool fast) {
+  const Split split = split_of(x, fast);
   if (split.shares == 1) return 0;
   return static_cast<size_t>(x.modules * split.pairs * split.shares) * kSums * kThreads *
          sizeof(double);

@@ -1,15 +1,16 @@
 // Products of two fragments (factors.cuh) on tensor cores: 32 x 32 numbers of G a warp, exact in
-// float64 or fast in float32. Thread sums c[i][j] are the m16n8 tiles of mma.cuh, 2 by 4 of them.
+// float64 or fast in float32. Thread sums c[i][j] are the m16n8 tiles of mma.cuh, 2 by 4 of them;
+// those with kFirst <= j < kLast are added to, c[i][3] only where `whole`.
 #pragma once
 
 #include "cuda/factors.cuh"
 
 namespace fedlora::cuda {
 
-// c += a b for the 32 x 32 numbers of a warp and the 4 E depths of a step, in float64.
-template <class S>
+// c += a b for the 4 E depths of a step, in float64.
+template <int kFirst, int kLast, class S>
 __device__ __forceinline__ void multiply_exact(const S (&left)[4][kUnit<S>],
-                                               const S (&right)[4][kUnit<S>],
+                                               const S (&right)[4][kUnit<S>], bool whole,
                                                double (&c)[2][4][4]) {
   constexpr int kSlices = kUnit<S> < 4 ? kUnit<S> : 4;
 #pragma unroll
@@ -24,7 +25,8 @@ __device__ __forceinline__ void multiply_exact(const S (&left)[4][kUnit<S>],
       }
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = kFirst; j < kLast; ++j) {
+      if (j == 3 && !whole) break;
       double b[kSlices];
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) b[s] = widen<double>(right[j][first + s]);
@@ -35,9 +37,9 @@ __device__ __forceinline__ void multiply_exact(const S (&left)[4][kUnit<S>],
 }
 
 // The same in float32, for bf16 and fp16 as they are.
-template <class S>
+template <int kFirst, int kLast, class S>
 __device__ __forceinline__ void multiply_fast(const S (&left)[4][8], const S (&right)[4][8],
-                                              float (&c)[2][4][4]) {
+                                              bool whole, float (&c)[2][4][4]) {
 #pragma unroll
   for (int first = 0; first < 8; first += 4) {
     uint32_t a[2][4];
@@ -50,7 +52,8 @@ __device__ __forceinline__ void multiply_fast(const S (&left)[4][8], const S (&r
       }
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = kFirst; j < kLast; ++j) {
+      if (j == 3 && !whole) break;
       const uint32_t b[2] = {packed(right[j][first], right[j][first + 1]),
                              packed(right[j][first + 2], right[j][first + 3])};
 #pragma unroll
@@ -71,8 +74,10 @@ __device__ __forceinline__ float from_tf32(uint32_t bits) {
 // And for fp32, x = large + small with 11 bits each. The two mixed products have sums of their own:
 // added to the large one in turn they would make G_ij and G_ji round differently, and what clients
 // share would not cancel.
+template <int kFirst, int kLast>
 __device__ __forceinline__ void multiply_fast(const float (&left)[4][4], const float (&right)[4][4],
-                                              float (&c)[2][4][4], float (&mixed)[2][4][4]) {
+                                              bool whole, float (&c)[2][4][4],
+                                              float (&mixed)[2][4][4]) {
 #pragma unroll
   for (int first = 0; first < 4; first += 2) {
     uint32_t large[2][4];
@@ -87,7 +92,8 @@ __device__ __forceinline__ void multiply_fast(const float (&left)[4][4], const f
       }
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = kFirst; j < kLast; ++j) {
+      if (j == 3 && !whole) break;
       uint32_t b_large[2];
       uint32_t b_small[2];
 #pragma unroll
@@ -103,6 +109,21 @@ __device__ __forceinline__ void multiply_fast(const float (&left)[4][4], const f
         mma_tf32(mixed[i][j], large[i], b_small);
       }
     }
+  }
+}
+
+// The products of a step: exact ones go to `sum`, fast ones to the float32 sums of a stage.
+template <int kFirst, int kLast, bool kFast, class S>
+__device__ __forceinline__ void multiply(const S (&left)[4][kUnit<S>],
+                                         const S (&right)[4][kUnit<S>], bool whole,
+                                         double (&sum)[2][4][4], float (&part)[2][4][4],
+                                         float (&mixed)[2][4][4]) {
+  if constexpr (kFast && sizeof(S) == 2) {
+    multiply_fast<kFirst, kLast>(left, right, whole, part);
+  } else if constexpr (kFast) {
+    multiply_fast<kFirst, kLast>(left, right, whole, part, mixed);
+  } else {
+    multiply_exact<kFirst, kLast, S>(left, right, whole, sum);
   }
 }
 

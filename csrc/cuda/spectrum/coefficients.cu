@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve(RightSolve task, int w
     y[j * (width + 1) + column] = vectors[static_cast<int64_t>(first + column) * rank + j];
   }
   __syncthreads();
-  for (int start = (kept - 1) / kBlock * kBlock; start >= 0 && kept > 0; start -= kBlock) {
+  const int last = columns > 0 ? (kept - 1) / kBlock * kBlock : -1;
+  for (int start = last; start >= 0 && kept > 0; start -= kBlock) {
     const int size = kept - start < kBlock ? kept - start : kBlock;
     for (int i = thread; i < size * size; i += kSolveThreads) {
       const int j = i / size;

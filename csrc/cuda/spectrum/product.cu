@@ -61,7 +61,9 @@ __global__ void __launch_bounds__(kThreads) product(Product p) {
   constexpr int kApart = kTile / kEach;
 
   double sums[kEach][kEach] = {};
-  const bool any = top < rows && left < columns;
+  // Singular values descend: from the first zero on there is nothing to divide by.
+  const bool zero = p.inverse_squares && top < rows && !(p.row_factor[offset + top] > 0);
+  const bool any = top < rows && left < columns && !zero;
   for (int start = 0; any && start < depth; start += kDepth) {
     load(slice_a, a, p.a.row, p.a.column, top, rows, start, depth, nullptr);
     load(slice_b, b, p.b.column, p.b.row, left, columns, start, depth,

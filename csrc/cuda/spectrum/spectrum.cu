@@ -1,10 +1,11 @@
-// Formula: spectrum.h. Where a part of the spectrum is enough, leading.h is tried first; then eight
+// Formula: spectrum.h. Where a part of the spectrum is enough, leading.h is tried first; then nine
 // launches for the modules that it left, nothing comes back to the host (but see vendor.h):
 //
 //   factor           equilibrate, L of T D G_A D T           one block a module
 //   multiply         H = T^+ G_B T^+ L, M = L^T H            tiles of 64 x 64
 //   eigenproblem     W, S (eigensolver.h), two launches      one block or cluster a module
-//   multiply         left = T^+ L W
+//   keep_wanted      where a part is enough: no others      one warp a module
+//   multiply         left = T^+ L W                         only of singular values that are left
 //   solve_right      right = W^T L^- T D                     one block per 32 columns of W
 //
 // Layout     Grams and right row-major, left too; L, H, M and W column-major with leading dimension
@@ -17,6 +18,7 @@
 #include "coefficients.h"
 #include "cuda/cholesky.cuh"
 #include "cuda/eigensolver/eigensolver.h"
+#include "cuda/rank.cuh"
 #include "leading.h"
 #include "product.h"
 #include "spectrum.h"
@@ -126,6 +128,20 @@ __global__ void __launch_bounds__(kFactorThreads, 1) factor(Factoring task) {
   }
 }
 
+// Singular values that nobody asked for are left at zero, as the leading part leaves them, so that
+// no coefficients are computed for them.
+__global__ void __launch_bounds__(32)
+    keep_wanted(int64_t rank, double energy, int64_t cap, const Spectra out, int* count,
+                const int* solved) {
+  const int64_t module = blockIdx.x;
+  if (solved != nullptr && solved[module] != 0) return;
+  double* sigma = out.sigma + module * rank;
+  const int64_t p = rank_of(rank, sigma, out.total_energy[module], energy, cap);
+  __syncwarp();
+  for (int64_t i = p + threadIdx.x; i < rank; i += 32) sigma[i] = 0;
+  if (threadIdx.x == 0 && count[module] > p) count[module] = static_cast<int>(p);
+}
+
 // What is left to say about modules without ranks.
 __global__ void __launch_bounds__(kFactorThreads)
     no_ranks(int64_t modules, double* total_energy, int64_t* info) {
@@ -201,6 +217,10 @@ void spectrum(int64_t modules, int64_t rank, const double* gram_b, const double*
                       .solved = solved,
                       .workspace = scratch.eigensolver},
                      stream);
+  if (options.energy < 1 || (options.cap > 0 && options.cap < rank)) {
+    launch(keep_wanted, dim3(blocks), 32, 0, stream, rank, options.energy,
+           options.cap > 0 ? options.cap : rank, out, scratch.count, solved);
+  }
 
   product.a = {scratch.lower, square, 1, r};
   product.b = {scratch.core, square, 1, r};

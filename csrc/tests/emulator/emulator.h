@@ -78,6 +78,13 @@ constexpr int kWarp = 32;
 // Fused multiply-adds of the kernels so far; a tensor-core instruction has one per product.
 inline uint64_t fused = 0;
 
+// Of these, what tensor cores did, by the multiprocessor's scheduler: warp w of a block is on w
+// % 4.
+inline uint64_t on_scheduler[4] = {};
+
+// Bytes of asynchronous copies so far.
+inline uint64_t copied = 0;
+
 // A place in the source where threads meet.
 struct Site {
   const char* what;
@@ -297,6 +304,7 @@ void copy_async(void* shared, const void* global) {
   if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % kBytes != 0) {
     emulator::fail("an asynchronous copy that is not aligned");
   }
+  emulator::copied += kBytes;
   emulator::copy_later(shared, global, kBytes);
 }
 inline void copy_commit() { emulator::copy_commit(); }
