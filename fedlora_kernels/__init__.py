@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedlora_kernels._delivery import Delivery
     from fedlora_kernels._inspect import Inspection, inspect
     from fedlora_kernels._round import Round
+    from fedlora_kernels._solvers import Solvers, solvers
     from fedlora_kernels._stream import Stream
     from fedlora_kernels.adapters.adapter import Adapter
     from fedlora_kernels.adapters.error import AdapterError
@@ -45,6 +46,7 @@ __all__ = [
     "Report",
     "Round",
     "Rule",
+    "Solvers",
     "Stream",
     "aggregate",
     "backend",
@@ -52,6 +54,7 @@ __all__ = [
     "inspect",
     "ops",
     "rules",
+    "solvers",
 ]
 
 # Public name -> the module that has it; a module's own name stands for the module.
@@ -67,6 +70,7 @@ _WHERE = {
     "Report": "gram_space.report",
     "Round": "_round",
     "Rule": "rules",
+    "Solvers": "_solvers",
     "Stream": "_stream",
     "aggregate": "_aggregate",
     "backend": "backends",
@@ -74,6 +78,7 @@ _WHERE = {
     "inspect": "_inspect",
     "ops": "ops",
     "rules": "rules",
+    "solvers": "_solvers",
 }
 
 
