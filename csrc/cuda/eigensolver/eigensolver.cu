@@ -188,11 +188,11 @@ void solve_by_vendor(const Eigenproblem& problem, Stream stream) {
 }  // namespace
 
 Eigensolver eigensolver_of(int64_t rank, bool captured) {
-  const int blocks = jacobi_blocks(rank);
   const Limit& limit = limit_of(device().capability);
-  if (blocks == 0) return {0, "shared memory"};
-  if (rank <= limit.jacobi_to) return {blocks, limit.source};
-  return captured ? Eigensolver{blocks, "a captured stream"} : Eigensolver{0, limit.source};
+  if (rank > limit.jacobi_to && !captured) return {0, limit.source};
+  const int blocks = jacobi_blocks(rank);
+  if (blocks == 0) return {0, "what shared memory holds"};
+  return {blocks, rank <= limit.jacobi_to ? limit.source : "a captured stream"};
 }
 
 size_t eigensolver_workspace(int64_t modules, int64_t rank, bool captured) {
