@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedlora_kernels._inspect import Inspection, inspect
     from fedlora_kernels._merge import Merged, merge
     from fedlora_kernels._round import Round
+    from fedlora_kernels._solvers import Solvers, solvers
     from fedlora_kernels._stream import Stream
     from fedlora_kernels.adapters.adapter import Adapter
     from fedlora_kernels.adapters.error import AdapterError
@@ -49,6 +50,7 @@ __all__ = [
     "Robust",
     "Round",
     "Rule",
+    "Solvers",
     "Stream",
     "Weighing",
     "aggregate",
@@ -59,6 +61,7 @@ __all__ = [
     "ops",
     "robust",
     "rules",
+    "solvers",
 ]
 
 # Public name -> the module that has it; a module's own name stands for the module.
@@ -76,6 +79,7 @@ _WHERE = {
     "Robust": "robust",
     "Round": "_round",
     "Rule": "rules",
+    "Solvers": "_solvers",
     "Stream": "_stream",
     "Weighing": "robust",
     "aggregate": "_aggregate",
@@ -86,6 +90,7 @@ _WHERE = {
     "ops": "ops",
     "robust": "robust",
     "rules": "rules",
+    "solvers": "_solvers",
 }
 
 

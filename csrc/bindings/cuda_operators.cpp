@@ -62,7 +62,8 @@ void svds_of(const Host& host, const cuda::Factors& b, const cuda::Factors& a, S
   double* sigma = new_doubles(host, {b.modules, b.rank});
   int64_t* ranks = new_integers(host, {b.modules});
   cuda::stacked_svd(b, a, doubles(host, scale), options, {b_g, a_g, sigma, ranks},
-                    scratch(host, cuda::stacked_svd_workspace(b, a, options)), stream_of(host));
+                    scratch(host, cuda::stacked_svd_workspace(b, a, options, stream_of(host))),
+                    stream_of(host));
 }
 
 void flora_na_of(const Host& host, const cuda::Factors& b, const cuda::Factors& a, Scalar scalar,
@@ -106,7 +107,8 @@ void spectrum(const Host& host, const Array& gram_b, const Array& gram_a, const 
   int64_t* info = new_integers(host, {modules});
   cuda::spectrum(modules, rank, doubles(host, gram_b), doubles(host, gram_a), doubles(host, scale),
                  {energy, max_rank.value_or(0), 0}, {sigma, total_energy, left, right, info},
-                 scratch(host, cuda::spectrum_workspace(modules, rank)), stream_of(host));
+                 scratch(host, cuda::spectrum_workspace(modules, rank, stream_of(host))),
+                 stream_of(host));
 }
 
 void select_rank(const Host& host, const Array& sigma, const Array& total_energy, double energy,

@@ -285,6 +285,11 @@ class Tridiagonal {
 
 }  // namespace
 
+bool krylov_pays(int64_t n, double share, int64_t cap) {
+  // The residual tolerance cannot tell the last 1e-9 of the energy apart.
+  return n > kSmall && (share < 1 - kConverged || cap <= n / 4);
+}
+
 Eigenpairs leading_eigenpairs(int64_t n, double* m, double wanted, int64_t cap) {
   double trace = 0;
   for (int64_t i = 0; i < n; ++i) trace += m[i * n + i];
@@ -293,9 +298,7 @@ Eigenpairs leading_eigenpairs(int64_t n, double* m, double wanted, int64_t cap) 
     none.converged = false;
     return none;
   }
-  // The residual tolerance cannot tell the last 1e-9 of the energy apart.
-  const bool part = wanted < (1 - kConverged) * trace || cap <= n / 4;
-  if (n > kSmall && part) {
+  if (krylov_pays(n, trace > 0 ? wanted / trace : 1, cap)) {
     Eigenpairs found;
     if (Krylov(n, m, wanted, cap).run(found)) return found;
   }

@@ -25,6 +25,9 @@ struct Eigenpairs {
   bool converged = true;
 };
 
+// Whether the Krylov space is tried first, for a share of the trace and a number of pairs.
+bool krylov_pays(int64_t n, double share, int64_t cap);
+
 // m: [n, n], both triangles, destroyed. wanted: sum of eigenvalues after which no more are needed;
 // cap: how many are needed at most.
 Eigenpairs leading_eigenpairs(int64_t n, double* m, double wanted, int64_t cap);

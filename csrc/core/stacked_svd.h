@@ -18,6 +18,11 @@ struct SvdOptions {
   bool fast;
 };
 
+enum class Route { kGrams, kSmallerSide, kQr };
+
+// smaller: min(m, n).
+Route route_of(bool fp64, bool fast, int64_t rank, int64_t smaller);
+
 // What one module gets: b_g [m, width] and a_g [width, n] in the factors' type, sigma [R].
 struct SvdResult {
   void* b_g;

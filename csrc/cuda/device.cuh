@@ -6,7 +6,8 @@
 //   cluster_rank/size/sync/shared         distributed shared memory, sm_90 and later
 //   copy_async<Bytes>, copy_commit/wait   cp.async from global into shared memory
 //   widen<T>, narrow<S>                   adapters' number types to float or double and back
-//   launch, launch_cluster, device        on the host; launch throws std::runtime_error
+//   launch, launch_cluster, device,       on the host; launch throws std::runtime_error
+//   is_captured
 #pragma once
 
 // Code that only calls the stages, and is compiled by the host's compiler for the CUDA library
@@ -39,6 +40,9 @@ struct Device {
 
 // The current device.
 const Device& device();
+
+// Whether what is launched there becomes part of a CUDA graph.
+bool is_captured(Stream stream);
 
 void check(cudaError_t error, const void* kernel = nullptr);
 

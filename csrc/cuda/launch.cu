@@ -64,6 +64,12 @@ void reserve_shared(const void* kernel, size_t bytes) {
         kernel);
 }
 
+bool is_captured(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 const Device& device() {
   static std::mutex mutex;
   static std::map<int, Device> devices;

@@ -20,7 +20,7 @@ constexpr double kSingleEps = std::numeric_limits<float>::epsilon();
 
 // What lies between the two passes over the adapters.
 struct Middle {
-  Middle(const Factors& b, const Factors& a, bool fast, Workspace& workspace)
+  Middle(const Factors& b, const Factors& a, bool fast, Stream stream, Workspace& workspace)
       : gram_b(workspace.take<double>(b.modules * b.rank * b.rank)),
         gram_a(workspace.take<double>(b.modules * b.rank * b.rank)),
         left(workspace.take<double>(b.modules * b.rank * b.rank)),
@@ -29,7 +29,7 @@ struct Middle {
         info(workspace.take<int64_t>(b.modules)),
         // The stages follow each other in one stream and share what each needs for itself.
         scratch(workspace.take_bytes(std::max({gram_workspace(b, fast), gram_workspace(a, fast),
-                                               spectrum_workspace(b.modules, b.rank)}))) {}
+                                               spectrum_workspace(b.modules, b.rank, stream)}))) {}
 
   double* gram_b;
   double* gram_a;
@@ -49,9 +49,10 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-size_t stacked_svd_workspace(const Factors& b, const Factors& a, const SvdOptions& options) {
+size_t stacked_svd_workspace(const Factors& b, const Factors& a, const SvdOptions& options,
+                             Stream stream) {
   Workspace workspace;
-  Middle(b, a, options.fast, workspace);
+  Middle(b, a, options.fast, stream, workspace);
   return workspace.used();
 }
 
@@ -60,7 +61,7 @@ void stacked_svd(const Factors& b, const Factors& a, const double* scale, const 
   const int64_t modules = b.modules;
   const int64_t rank = b.rank;
   Workspace memory(workspace);
-  const Middle at(b, a, options.fast, memory);
+  const Middle at(b, a, options.fast, stream, memory);
   gram(b, options.fast, at.gram_b, at.scratch, stream);
   gram(a, options.fast, at.gram_a, at.scratch, stream);
 

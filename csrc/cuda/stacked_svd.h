@@ -25,7 +25,8 @@ struct SvdResult {
   int64_t* ranks;  // [L]
 };
 
-size_t stacked_svd_workspace(const Factors& b, const Factors& a, const SvdOptions& options);
+size_t stacked_svd_workspace(const Factors& b, const Factors& a, const SvdOptions& options,
+                             Stream stream);
 
 // scale [L, R]. Singular values of a module whose factors are not finite are NaN, and its rank 0.
 // Everything goes through Gram matrices, so singular values under sqrt(R eps) of the largest count

@@ -7,6 +7,8 @@
 #include <string>
 
 #include "core/lapack.h"
+#include "cuda/eigensolver/eigensolver.h"
+#include "cuda/spectrum/leading.h"
 #include "cuda/spectrum/spectrum.h"
 #include "emulator/emulator.h"
 #include "matrices.h"
@@ -69,18 +71,19 @@ struct Result {
 };
 
 Result run(int64_t modules, int64_t rank, const Matrix& gram_b, const Matrix& gram_a,
-           const Matrix& scale, const cuda::SpectrumOptions& options = {}) {
+           const Matrix& scale, const cuda::SpectrumOptions& options = {},
+           cuda::Stream stream = {}) {
   const auto square = static_cast<size_t>(modules * rank * rank);
   const auto vector = static_cast<size_t>(modules * rank);
   const double nan = std::numeric_limits<double>::quiet_NaN();
   Result result = {Matrix(vector, nan), Matrix(static_cast<size_t>(modules), nan),
                    Matrix(square, nan), Matrix(square, nan),
                    std::vector<int64_t>(static_cast<size_t>(modules), -1)};
-  Matrix workspace(cuda::spectrum_workspace(modules, rank) / sizeof(double) + 1, nan);
+  Matrix workspace(cuda::spectrum_workspace(modules, rank, stream) / sizeof(double) + 1, nan);
   cuda::spectrum(modules, rank, gram_b.data(), gram_a.data(), scale.data(), options,
                  {result.sigma.data(), result.total_energy.data(), result.left.data(),
                   result.right.data(), result.info.data()},
-                 workspace.data(), {});
+                 workspace.data(), stream);
   return result;
 }
 
@@ -158,12 +161,15 @@ void check_module(const Stack& stack, const Result& result, int64_t module) {
   CHECK(norm(error) <= 1e-10 * magnitude + std::sqrt(static_cast<double>(rank) * noise));
 }
 
-void check(const std::string& kind, int64_t clients, int64_t r, int64_t m = 53, int64_t n = 61) {
+void check(const std::string& kind, int64_t clients, int64_t r, int64_t m = 53, int64_t n = 61,
+           cuda::Stream stream = {}) {
   CAPTURE(kind);
   CAPTURE(clients);
   CAPTURE(r);
   const Stack stack = family(kind, m, n, clients, r, 1);
-  check_module(stack, run(1, stack.rank, gram_b_of(stack), gram_a_of(stack), stack.scale), 0);
+  const Result result =
+      run(1, stack.rank, gram_b_of(stack), gram_a_of(stack), stack.scale, {}, stream);
+  check_module(stack, result, 0);
 }
 
 }  // namespace
@@ -200,6 +206,18 @@ TEST_CASE("spectrum on the device: clusters of 2, 4 and 8 blocks, and the vendor
   }
   const emulator::Setting setting({132, 18000, 90});
   check("shared start", 15, 10, 70, 200);
+}
+
+TEST_CASE("spectrum on the device: a captured stream gets clusters, others the vendor's solver") {
+  for (const int64_t r : {100, 160, 230}) {  // 2, 4 and 8 blocks
+    CHECK(cuda::eigensolver_of(2 * r, false).blocks == 0);
+    check("shared start", 2, r, 29, 31);
+    check("shared start", 2, r, 29, 31, cuda::kCaptured);
+  }
+  CHECK_THROWS_WITH_AS(cuda::spectrum_workspace(1, 473, cuda::kCaptured),
+                       "a stacked rank of 473 needs cuSOLVER, which cannot be captured into a CUDA "
+                       "graph",
+                       std::runtime_error);
 }
 
 TEST_CASE("spectrum on the device: A100") {
@@ -245,7 +263,8 @@ TEST_CASE("spectrum on the device: modules do not mix, and the threads' order ch
 }
 
 TEST_CASE("spectrum on the device: the leading part beside modules without a certificate") {
-  // At R = 70 independent clients have none; 24 KB of shared memory leave these to the vendor.
+  // At R = 70 independent clients have none. 60 KB of shared memory need four blocks, and 40 KB
+  // without clusters device memory; they leave independent clients to the vendor.
   const char* kinds[] = {"shared start", "independent", "zero", "graded", "canceling", "no B"};
   const int64_t clients = 5, r = 14, rank = clients * r, modules = 6;
   const double share = 0.9;
@@ -260,7 +279,7 @@ TEST_CASE("spectrum on the device: the leading part beside modules without a cer
   }
   const Result whole = run(modules, rank, gram_b, gram_a, scale);
   for (const cuda::Device& device :
-       {emulator::kH200, cuda::Device{132, 60000, 90}, cuda::Device{132, 24000, 80}}) {
+       {emulator::kH200, cuda::Device{132, 60000, 90}, cuda::Device{132, 40000, 80}}) {
     CAPTURE(device.shared_per_block);
     const auto with_seed = [&](uint64_t seed) {
       const emulator::Setting setting(device, seed);
@@ -307,6 +326,46 @@ TEST_CASE("spectrum on the device: the leading part beside modules without a cer
       CHECK(other.right == part.right);
     }
   }
+}
+
+TEST_CASE("spectrum on the device: how many blocks hold the leading part") {
+  const auto attempts = [](int64_t rank, int64_t cap = 0) {
+    std::vector<int> flat;
+    for (const auto& each : cuda::leading_attempts(rank, {.energy = 0.9, .cap = cap})) {
+      flat.push_back(each.vectors);
+      flat.push_back(each.blocks);
+    }
+    return flat;
+  };
+  using Flat = std::vector<int>;
+  CHECK(attempts(64) == Flat{});
+  CHECK(attempts(192) == Flat{32, 1});
+  CHECK(attempts(193) == Flat{32, 2});
+  CHECK(attempts(255) == Flat{32, 2});
+  CHECK(attempts(257) == Flat{32, 4, 64, 8});
+  CHECK(attempts(512) == Flat{32, 4, 64, 8});
+  CHECK(attempts(512, 16) == Flat{32, 4});
+  CHECK(attempts(513) == Flat{32, 8, 64, 0});
+  CHECK(attempts(1025) == Flat{32, 0, 64, 0});
+  const emulator::Setting setting(emulator::kA100);
+  CHECK(attempts(128) == Flat{32, 1});
+  CHECK(attempts(512) == Flat{32, 0, 64, 0});
+}
+
+TEST_CASE("spectrum on the device: the leading part in 8 blocks") {
+  const int64_t clients = 33, r = 16, rank = clients * r;
+  Stack stack = family("shared start", 61, 67, clients, r, 3);
+  const Matrix gram_b = gram_b_of(stack), gram_a = gram_a_of(stack);
+  const Result whole = run(1, rank, gram_b, gram_a, stack.scale);
+  const Result part = run(1, rank, gram_b, gram_a, stack.scale, {.energy = 0.99});
+  REQUIRE(part.info[0] == 0);
+  double sum = 0;
+  for (int64_t i = 0; i < rank && part.sigma[i] > 0; ++i) {
+    CHECK(std::abs(part.sigma[i] - whole.sigma[i]) <= 1e-12 * whole.sigma[0]);
+    sum += part.sigma[i] * part.sigma[i];
+  }
+  CHECK(sum >= 0.99 * whole.total_energy[0]);
+  CHECK(part.sigma[r] == 0);
 }
 
 TEST_CASE("spectrum on the device: what is not finite is said, and stays in its module") {

@@ -24,15 +24,16 @@ from fedlora_kernels.backends.triton import Triton
 if TYPE_CHECKING:
     from fedlora_kernels.ops.operator import Operators
 
-__all__ = ["Backend", "activate", "backend", "ordered"]
+__all__ = ["Backend", "activate", "backend", "handling", "ordered"]
 
 _CPU = Compiled("cpu", "fedlora_cpu", "C++, on a CPU; composed on other devices")
+_COMPOSED = Composed()
 
 _BACKENDS: tuple[Backend, ...] = (
     Compiled("cuda", "fedlora_cuda", "CUDA, on an NVIDIA GPU", needs_gpu=True),
     Triton(),
     _CPU,
-    Composed(),
+    _COMPOSED,
     Reference(),
     Compiled(
         "cuda-emulated",
@@ -61,6 +62,18 @@ def backend() -> str:
         RuntimeError: the variable names a backend that cannot be used or is not known.
     """
     return _chosen().name
+
+
+def handling(device: str) -> Backend:
+    """The backend whose implementations tensors on a device get, such as "cpu" or "cuda".
+
+    Raises:
+        RuntimeError: as :func:`backend`.
+    """
+    chosen = _chosen()
+    if chosen.handles(device):
+        return chosen
+    return _CPU if chosen.leaves_cpu and _CPU.serves and _CPU.handles(device) else _COMPOSED
 
 
 def activate(operators: "Operators") -> None:

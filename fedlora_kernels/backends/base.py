@@ -3,6 +3,8 @@
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from fedlora_kernels.backends.solver import Problem, Step, composed_solvers
+
 if TYPE_CHECKING:
     from fedlora_kernels.ops.operator import Operators
 
@@ -39,6 +41,14 @@ class Backend:
         """
         for operator in operators.values():
             operator.implement(operator.composed, "CompositeExplicitAutograd")
+
+    def handles(self, device: str) -> bool:
+        """Whether tensors on torch's device "cpu", "cuda" and so on are this backend's own."""
+        return True
+
+    def solvers(self, problem: Problem, device: str) -> tuple[Step, ...]:
+        """What finds a module's singular values on a device such as "cuda:0", in order."""
+        return composed_solvers(problem)
 
     @property
     def serves(self) -> bool:

@@ -5,6 +5,7 @@ Other devices, and tracing, have the composed operators and the fakes.
 
 from fedlora_kernels.backends import libraries
 from fedlora_kernels.backends.base import Backend
+from fedlora_kernels.backends.solver import Problem, Step
 
 
 class Compiled(Backend):
@@ -44,6 +45,19 @@ class Compiled(Backend):
             if not torch.cuda.is_available():
                 return False, "torch finds no NVIDIA GPU"
         return True, self.what
+
+    def handles(self, device: str) -> bool:
+        """Whether the kernels run there."""
+        return device == ("cuda" if self.needs_gpu else "cpu")
+
+    def solvers(self, problem: Problem, device: str) -> tuple[Step, ...]:
+        """What the library answers, for the GPU that is named."""
+        if not self.needs_gpu:
+            return libraries.solvers(self.library, problem)
+        import torch
+
+        with torch.cuda.device(device):
+            return libraries.solvers(self.library, problem)
 
     def load(self) -> None:
         """Open the library, which registers its kernels.

@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from fedlora_kernels.backends.solver import Problem, Step
+
 _TORCH = (2, 10)  # the first with the stable ABI the kernels are built on
 # The emulated CUDA library has LAPACK in the place of the vendor's eigensolver.
 _WITH_OPENBLAS = ("fedlora_cpu", "fedlora_cuda_emulated")
@@ -58,6 +60,46 @@ def load(name: str) -> None:
     if name in _WITH_OPENBLAS:
         load_openblas()
     torch.ops.load_library(str(library(name)))
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of csrc/bindings/solvers.h."""
+
+    _fields_ = (
+        ("rank", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("cap", ctypes.c_int64),
+        ("energy", ctypes.c_double),
+        ("fp64", ctypes.c_int64),
+        ("fast", ctypes.c_int64),
+    )
+
+
+def solvers(name: str, problem: Problem) -> tuple[Step, ...]:
+    """What a loaded library would use for a problem; on a GPU, on the one that is current.
+
+    Raises:
+        RuntimeError: the library cannot tell; the text is its own.
+    """
+    ask = ctypes.CDLL(str(library(name))).fedlora_solvers
+    ask.restype = ctypes.c_char_p
+    given = _Problem(
+        problem.stacked_rank,
+        *problem.size,
+        min(problem.max_rank or problem.smaller, problem.stacked_rank),
+        problem.energy,
+        problem.dtype == "float64",
+        problem.precision == "fast",
+    )
+    lines = ask(ctypes.byref(given)).decode().splitlines()
+    rows = [line.split("\t") for line in lines]
+    if any(len(row) != 4 for row in rows):
+        raise RuntimeError(f"lib{name}.so: {' '.join(lines)}")
+    return tuple(
+        Step(solver, (int(first), int(last) or None), source)
+        for solver, first, last, source in rows
+    )
 
 
 @cache

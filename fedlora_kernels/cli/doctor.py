@@ -1,15 +1,23 @@
-"""`fedlora doctor`: the installation, the backend in use, and whether its results are right."""
+"""`fedlora doctor`: the installation, the backend in use, the solvers that it chooses, and whether
+its results are right.
+"""
 
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 from rich.text import Text
 
 from fedlora_kernels import __version__
+from fedlora_kernels.backends.solver import DTYPES
 from fedlora_kernels.cli import screen
+
+if TYPE_CHECKING:
+    from fedlora_kernels._solvers import Solvers
 
 # The factors are float64, so an aggregate at full energy is right to rounding.
 _TOLERANCE = 1e-12
@@ -17,8 +25,36 @@ _TOLERANCE = 1e-12
 
 @click.command
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, to be pasted into a bug report.")
-def doctor(as_json: bool) -> None:
-    """Report the installation and run one small aggregation."""
+@click.option(
+    "--rank",
+    "ranks",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(64, 128, 256, 512, 1024),
+    show_default=True,
+    help="Stacked rank R whose solver is named; may be repeated.",
+)
+@click.option("--modules", type=click.IntRange(min=1), default=224, show_default=True)
+@click.option(
+    "--size", type=click.IntRange(min=1), nargs=2, default=(4096, 4096), show_default=True
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option(
+    "--energy", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True
+)
+def doctor(
+    as_json: bool,
+    ranks: tuple[int, ...],
+    modules: int,
+    size: tuple[int, int],
+    dtype: str,
+    energy: float,
+) -> None:
+    """Report the installation, name the solvers that would be used, and run one small aggregation.
+
+    A solver is named for each stacked rank R, for --modules modules of --size M N with factors of
+    --dtype, where --energy is to be kept.
+    """
     from fedlora_kernels.backends import backend, ordered
 
     facts = dict(_facts())
@@ -32,12 +68,39 @@ def doctor(as_json: bool) -> None:
         for one in ordered()
     }
     verdicts = {device: _verdict(device) for device in _devices()} if _has_torch() else {}
+    chosen = {}
+    if verdicts and refusal is None:
+        from fedlora_kernels._solvers import solvers
+
+        chosen = {
+            device: {
+                rank: solvers(
+                    rank, modules=modules, size=size, dtype=dtype, device=device, energy=energy
+                )
+                for rank in ranks
+            }
+            for device in verdicts
+        }
     if as_json:
         rows = {name: {"usable": usable, "why": why} for name, (usable, why) in backends.items()}
-        content = {"facts": facts, "backends": rows, "refusal": refusal, "self_check": verdicts}
+        named = {
+            device: {str(rank): asdict(answer) for rank, answer in answers.items()}
+            for device, answers in chosen.items()
+        }
+        content = {
+            "facts": facts,
+            "backends": rows,
+            "refusal": refusal,
+            "solvers": named,
+            "self_check": verdicts,
+        }
         screen.print_json(content)
     else:
-        _show(facts, backends, refusal, verdicts)
+        _show(facts, backends, refusal)
+        what = f"{modules} modules of {size[0]} x {size[1]}, {dtype}, energy {energy:g}"
+        for device, answers in chosen.items():
+            _show_solvers(device, answers, what)
+        _show_verdicts(verdicts)
     if not all(verdict.startswith("ok") for verdict in verdicts.values()):
         raise click.exceptions.Exit(1)
 
@@ -46,7 +109,6 @@ def _show(
     facts: dict[str, str],
     backends: dict[str, tuple[str, str]],
     refusal: str | None,
-    verdicts: dict[str, str],
 ) -> None:
     console = screen.out()
     grid = Table.grid(padding=(0, 2))
@@ -62,6 +124,26 @@ def _show(
         table.add_row(Text(name), usable, Text(why))
     screen.show(console, table)
 
+
+def _show_solvers(device: str, answers: dict[int, "Solvers"], what: str) -> None:
+    backend = next(iter(answers.values())).backend
+    title = f"Solvers of {backend} on {device}: {what}"
+    table = screen.table("R", "at once", "solver", "for R", "limits from", title=title)
+    for rank, answer in answers.items():
+        for index, step in enumerate(answer.steps):
+            first, last = step.ranks
+            table.add_row(
+                str(rank) if index == 0 else "",
+                str(answer.modules_at_once) if index == 0 else "",
+                Text(step.solver),
+                f"{first} and more" if last is None else f"{first} to {last}",
+                Text(step.source),
+            )
+    screen.show(screen.out(), table)
+
+
+def _show_verdicts(verdicts: dict[str, str]) -> None:
+    console = screen.out()
     if not verdicts:
         console.print("Self-check: left out, torch is missing (pip install torch)")
     for device, verdict in verdicts.items():

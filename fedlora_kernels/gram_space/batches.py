@@ -50,6 +50,22 @@ def is_wide(stacked_rank: int, size: tuple[int, int]) -> bool:
     return stacked_rank >= WIDE_RANK and 4 * stacked_rank >= 3 * min(size)
 
 
+def modules_at_once(
+    stacked_rank: int,
+    size: tuple[int, int],
+    device: torch.device,
+    gram_bytes: int | None = None,
+    factor_bytes: int = 0,
+) -> int:
+    """How many modules one batch holds: see :func:`stack` for gram_bytes; wide ones are alone."""
+    if is_wide(stacked_rank, size):
+        return 1
+    largest = max(1, 8 * stacked_rank**2)
+    if gram_bytes is None:
+        return max(1, gram_bytes_on(device) // largest)
+    return max(1, gram_bytes // max(largest, factor_bytes // 4))
+
+
 class Signature(NamedTuple):
     """What the modules of one batch have in common."""
 
@@ -293,12 +309,8 @@ def _parts(
 ) -> Iterator[Sequence[str]]:
     """The modules in runs that fit gram_bytes, as equal as can be; wide modules one by one."""
     stacked_rank = sum(signature.ranks)
-    largest = 8 * stacked_rank**2
-    if gram_bytes is not None:
-        largest = max(largest, stacked_rank * sum(signature.size) * signature.dtype.itemsize // 4)
-    fit = max(1, (gram_bytes_on(device) if gram_bytes is None else gram_bytes) // max(1, largest))
-    if is_wide(stacked_rank, signature.size):
-        fit = 1
+    factors = stacked_rank * sum(signature.size) * signature.dtype.itemsize
+    fit = modules_at_once(stacked_rank, signature.size, device, gram_bytes, factors)
     count = -(-len(modules) // fit)
     for part in range(count):
         begin, end = (len(modules) * index // count for index in (part, part + 1))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedlora_kernels import reference
 from fedlora_kernels.backends.lists import stack
+from fedlora_kernels.backends.solver import composed_route
 from fedlora_kernels.ops import checks
 from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
 from fedlora_kernels.ops.operator import Operator
@@ -124,9 +125,10 @@ def _composed(
     smaller = min(b.shape[1], a.shape[2])
     columns = min(rank, smaller) if max_rank is None else max_rank
     scale = scale.double()
-    if b.dtype == torch.float64 and precision == "exact":
+    route = composed_route(rank, smaller, b.dtype == torch.float64, precision)
+    if route == "qr":
         return _by_qr(b, a, scale, energy, columns)
-    if rank >= smaller:
+    if route == "smaller side":
         return _by_smaller_side(b, a, scale, energy, columns)
     return _by_grams(b, a, scale, energy, columns, precision)
 

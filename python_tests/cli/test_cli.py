@@ -782,6 +782,9 @@ def test_doctor_reports_versions_backends_and_a_self_check():
     (active,) = [line for line in result.out.splitlines() if " active " in line]
     assert active.split()[0] == flk.backend()
     assert "Self-check on cpu: ok, relative error" in result.out
+    for rank in (64, 1024):
+        for step in flk.solvers(rank, modules=224).steps:
+            assert step.solver in result.out
 
 
 def test_doctor_as_json():
@@ -789,10 +792,25 @@ def test_doctor_as_json():
     assert (result.code, result.err) == (0, "")
     report = json.loads(result.out)
     assert report["facts"]["torch"].startswith(torch.__version__)
+    answer = report["solvers"]["cpu"]["512"]
+    assert answer["backend"] == flk.backends.handling("cpu").name
+    assert [step["solver"] for step in answer["steps"]] == [
+        step.solver for step in flk.solvers(512, modules=224).steps
+    ]
     assert list(report["backends"]) == [backend.name for backend in flk.backends.ordered()]
     assert report["backends"][flk.backend()]["usable"] == "active"
     assert report["refusal"] is None
     assert report["self_check"]["cpu"].startswith("ok, relative error")
+
+
+def test_doctor_names_the_solver_of_any_problem():
+    problem = ("--rank", "300", "--modules", "9", "--size", "256", "320", "--dtype", "float64")
+    report = json.loads(run("doctor", "--json", *problem, "--energy", "0.5").out)
+    asked = flk.solvers(300, modules=9, size=(256, 320), dtype="float64", energy=0.5)
+    (found,) = report["solvers"]["cpu"].values()
+    assert found["modules_at_once"] == asked.modules_at_once
+    assert [step["solver"] for step in found["steps"]] == [step.solver for step in asked.steps]
+    refused(run("doctor", "--dtype", "int8"), "'int8' is not one of")
 
 
 @pytest.mark.parametrize("what", ["wrong", "raises"])

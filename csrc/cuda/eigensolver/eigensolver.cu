@@ -7,6 +7,8 @@
 //            neither overflow nor vanish, and square roots are exact to undo.
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/cholesky.cuh"
 #include "eigensolver.h"
@@ -20,6 +22,25 @@ constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr double kShift = 4;  // rounding of M was seen to reach 0.4 R eps of the larger of both
 constexpr int kFactorThreads = 512;
 constexpr int kLeastExponent = -1020;  // 2^1020 is still finite
+
+// Up to which rank Jacobi is used where the vendor's solver could be. Predicted for 224 modules at
+// R = 320: 36 ms in clusters, 10 to 30 by the vendor's solver.
+struct Limit {
+  int capability;  // and later ones up to the next row's
+  int64_t jacobi_to;
+  const char* source;
+};
+constexpr Limit kLimits[] = {{80, 168, "table for sm_80, predicted"},
+                             {90, 168, "table for sm_90, predicted"},
+                             {100, 168, "table for sm_100, predicted"}};
+
+const Limit& limit_of(int capability) {
+  const Limit* found = kLimits;
+  for (const Limit& limit : kLimits) {
+    if (limit.capability <= capability) found = &limit;
+  }
+  return *found;
+}
 
 ShiftedFactor shifted_in(const Eigenproblem& problem) {
   auto* shift = static_cast<double*>(problem.workspace);
@@ -166,19 +187,31 @@ void solve_by_vendor(const Eigenproblem& problem, Stream stream) {
 
 }  // namespace
 
-size_t eigensolver_workspace(int64_t modules, int64_t rank) {
-  const size_t vendor =
-      jacobi_blocks(rank) == 0 ? vendor::symmetric_eigen_workspace(modules, rank) : size_t{0};
-  return state_bytes(modules) + vendor;
+Eigensolver eigensolver_of(int64_t rank, bool captured) {
+  const Limit& limit = limit_of(device().capability);
+  if (rank > limit.jacobi_to && !captured) return {0, limit.source};
+  const int blocks = jacobi_blocks(rank);
+  if (blocks == 0) return {0, "what shared memory holds"};
+  return {blocks, rank <= limit.jacobi_to ? limit.source : "a captured stream"};
+}
+
+size_t eigensolver_workspace(int64_t modules, int64_t rank, bool captured) {
+  if (eigensolver_of(rank, captured).blocks > 0) return state_bytes(modules);
+  if (captured) {
+    throw std::runtime_error("a stacked rank of " + std::to_string(rank) +
+                             " needs cuSOLVER, which cannot be captured into a CUDA graph");
+  }
+  return state_bytes(modules) + vendor::symmetric_eigen_workspace(modules, rank);
 }
 
 void solve_eigenproblem(const Eigenproblem& problem, Stream stream) {
   const int64_t rank = problem.rank;
-  if (jacobi_blocks(rank) == 0) return solve_by_vendor(problem, stream);
+  const Eigensolver solver = eigensolver_of(rank, is_captured(stream));
+  if (solver.blocks == 0) return solve_by_vendor(problem, stream);
   const bool whole = factor_shared(rank, true) <= device().shared_per_block;
   launch(factor_shifted, dim3(static_cast<unsigned>(problem.modules)), kFactorThreads,
          factor_shared(rank, whole), stream, problem, shifted_in(problem), whole);
-  rotate_columns(problem, shifted_in(problem), stream);
+  rotate_columns(problem, shifted_in(problem), solver.blocks, stream);
 }
 
 }  // namespace fedlora::cuda

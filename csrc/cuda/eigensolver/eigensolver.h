@@ -9,7 +9,7 @@
 // the sweeps that M's own would (9 instead of 13 at n = 128 for clients that share A's start).
 //
 // One block of threads holds G in its shared memory (n = 168 with 227 KB, 142 with 163), from
-// sm_90 on also a cluster of 2, 4 or 8 (n = 472); above that the vendor's solver takes M itself.
+// sm_90 on also a cluster of 2, 4 or 8 (n = 472). The vendor's solver takes M itself, of any size.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +36,18 @@ struct Eigenproblem {
   void* workspace;
 };
 
-size_t eigensolver_workspace(int64_t modules, int64_t rank);
+// Which solver the present device uses for a rank.
+struct Eigensolver {
+  int blocks;          // of the cluster that rotates a module's columns; 0: the vendor's solver
+  const char* source;  // where the limits of this choice come from
+};
+
+// From a table of the device's kind. A stream that is captured into a graph gets Jacobi wherever
+// shared memory holds G, because the vendor's solver cannot be captured.
+Eigensolver eigensolver_of(int64_t rank, bool captured);
+
+// Throws std::runtime_error where a captured stream would need the vendor's solver.
+size_t eigensolver_workspace(int64_t modules, int64_t rank, bool captured);
 void solve_eigenproblem(const Eigenproblem& problem, Stream stream);
 
 }  // namespace fedlora::cuda

@@ -31,6 +31,7 @@ struct Shape {
   static constexpr int kMostThreads = kMostThreads_;
 };
 using Shape64 = Shape<8, 8, 256>;
+using Shape128 = Shape<16, 8, 640>;
 using Shape160 = Shape<16, 10, 640>;
 using Shape320 = Shape<32, 10, 640>;
 using Shape512 = Shape<32, 16, 512>;
@@ -244,11 +245,13 @@ int jacobi_blocks(int64_t rank) {
   return 0;
 }
 
-void rotate_columns(const Eigenproblem& problem, const ShiftedFactor& factor, Stream stream) {
+void rotate_columns(const Eigenproblem& problem, const ShiftedFactor& factor, int blocks,
+                    Stream stream) {
   const int64_t rank = problem.rank;
-  const JacobiSize size(rank, jacobi_blocks(rank));
+  const JacobiSize size(rank, blocks);
   if (size.blocks == 1) {
     if (rank <= 64) return launch_shape<Shape64, false>(problem, factor, size, stream);
+    if (rank <= 128) return launch_shape<Shape128, false>(problem, factor, size, stream);
     if (rank <= 160) return launch_shape<Shape160, false>(problem, factor, size, stream);
     return launch_shape<Shape320, false>(problem, factor, size, stream);
   }

@@ -18,6 +18,7 @@ struct ShiftedFactor {
 int jacobi_blocks(int64_t rank);
 
 // problem.sigma, matrix (from G), count; info where it did not converge.
-void rotate_columns(const Eigenproblem& problem, const ShiftedFactor& factor, Stream stream);
+void rotate_columns(const Eigenproblem& problem, const ShiftedFactor& factor, int blocks,
+                    Stream stream);
 
 }  // namespace fedlora::cuda

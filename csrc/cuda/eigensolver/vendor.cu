@@ -133,12 +133,6 @@ size_t symmetric_eigen_workspace(int64_t modules, int64_t n) {
 
 void symmetric_eigen(int64_t modules, int64_t n, const int* solved, double* matrices,
                      double* values, int* info, void* workspace, Stream stream) {
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &capture));
-  if (capture != cudaStreamCaptureStatusNone) {
-    throw std::runtime_error("a stacked rank of " + std::to_string(n) +
-                             " needs cuSOLVER, which cannot be captured into a CUDA graph");
-  }
   std::vector<int> done(static_cast<size_t>(modules), 0);
   if (solved != nullptr) {
     const size_t bytes = done.size() * sizeof(int);

@@ -1,18 +1,19 @@
-// Formula: leading.h. One block a module does everything, so a module ends when it is done and no
-// decision comes back to the host.
+// Formula: leading.h. One block, or one cluster of blocks, does everything for a module, so a
+// module ends when it is done and no decision comes back to the host.
 //
-// Layout     blocks of vectors row-major [R, kVectors]: all four in shared memory where they fit,
-//            else in device memory (they stay in L2) and only the operand of the product at hand
-//            copied to shared memory. A warp computes 16 rows of a product with all vectors, and
-//            reads a Gram matrix straight from device memory, once.
+// Layout     blocks of vectors row-major [R, kVectors]. All four lie in shared memory, their rows
+//            shared out to the blocks of a cluster; where that does not fit, one block has them in
+//            device memory (they stay in L2). A warp computes 16 rows of a product with all
+//            vectors, and reads a Gram matrix straight from device memory, once; the other operand
+//            comes to the block part by part, from its neighbors' shared memory or from device
+//            memory. The small dense steps are done by every block alike, on the same bits.
 // Precision  float64 on tensor cores; C divided by a power of four near its trace.
-// Shared     two matrices [kVectors, kVectors + 1], partial sums and D; then four blocks of R rows
-//            of kVectors + 1 numbers (different banks; 32 vectors: R <= 176 of 227 KB, 128 of 163),
-//            or one (32 vectors: R <= 752; 64: 288), or none.
+// Shared     two matrices [kVectors, kVectors + 1], partial sums and D; then four blocks of as many
+//            rows as a block has, kVectors + 1 numbers each (different banks). 32 vectors of 227
+//            KB: R <= 192 in one block, 256, 512 and 1024 in 2, 4 and 8; 64 vectors: 512 in 8. Of
+//            163 KB, without clusters: 128. In device memory: one part of an operand, 17 KB.
 // Work       an iteration takes 4 R^2 kVectors flops in two products and some 12 R kVectors^2
-//            beside them, and reads 16 R^2 bytes. Counted for p = 6 (tests/test_cost_spectrum.cpp):
-//            11 to 20 MFLOP at R = 128 and 115 to 157 at R = 512, where all pairs take 103 and
-//            2281.
+//            beside them, and reads 16 R^2 bytes. Counted for p = 6 (tests/test_cost_spectrum.cpp).
 #include <algorithm>
 #include <limits>
 
@@ -30,7 +31,8 @@ constexpr int kFew = 32;
 constexpr int kMany = 64;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kRows = 16;  // of a tensor-core product
+constexpr int kRows = 16;              // of a tensor-core product
+constexpr int kPass = kRows * kWarps;  // rows that a block computes at a time
 constexpr int kIterations = 8;
 constexpr int kSweeps = 30;
 constexpr double kPart = 1 - 1e-9;   // of the energy: residuals cannot tell the rest apart
@@ -54,23 +56,22 @@ struct Task {
   LeadingMemory memory;
 };
 
-// What of the blocks of vectors lies in shared memory.
-enum class Held { kNone, kOperand, kAll };
-
 constexpr int row_of(int vectors) { return vectors + 1; }
+constexpr int part_of(int vectors) { return 2048 / vectors; }  // rows of an operand's part
 
-template <int kVectors>
-size_t small_shared(int64_t rank) {
-  return (2 * static_cast<size_t>(kVectors) * row_of(kVectors) + kThreads + 4 * kVectors +
-          static_cast<size_t>(rank)) *
-         sizeof(double);
+// Rows of a block in a cluster of so many.
+int height_of(int64_t rank, int blocks) {
+  const int64_t share = (rank + blocks - 1) / blocks;
+  return static_cast<int>((share + kRows - 1) / kRows * kRows);
 }
 
-template <int kVectors>
-size_t shared_bytes(int64_t rank, Held held) {
-  const auto rows = static_cast<size_t>((rank + kRows - 1) / kRows * kRows);
-  const size_t blocks = held == Held::kAll ? 4 : held == Held::kOperand ? 1 : 0;
-  return small_shared<kVectors>(rank) + blocks * rows * row_of(kVectors) * sizeof(double);
+size_t shared_bytes(int64_t rank, const Attempt& attempt) {
+  const auto vectors = static_cast<size_t>(attempt.vectors);
+  const size_t row = vectors + 1;
+  const size_t rows = attempt.blocks > 0 ? 4 * static_cast<size_t>(height_of(rank, attempt.blocks))
+                                         : static_cast<size_t>(part_of(attempt.vectors));
+  const size_t small = 2 * vectors * row + kThreads + 4 * vectors + static_cast<size_t>(rank);
+  return (small + rows * row) * sizeof(double);
 }
 
 // Uniform in (-1/2, 1/2), the same for every module.
@@ -81,15 +82,16 @@ __device__ inline double start_of(int place) {
   return static_cast<double>(bits >> 11) * 0x1p-53 - 0.5;
 }
 
-// One module's block of vectors and the threads' part in it.
-template <int kVectors, Held kHeld>
+// The vectors of one module, as far as this block of threads has their rows, and its threads' part
+// in them.
+template <int kVectors, bool kShared>
 class Block {
  public:
   static constexpr int kTiles = kVectors / 8;
   static constexpr int kRow = row_of(kVectors);
-  static constexpr int kLine = kHeld == Held::kAll ? kRow : kVectors;  // of a block of vectors
+  static constexpr int kLine = kShared ? kRow : kVectors;  // of a block of vectors
 
-  __device__ Block(int rank, double* shared)
+  __device__ Block(int rank, int height, double* shared)
       : s(shared),
         t(s + kVectors * kRow),
         partial(t + kVectors * kRow),
@@ -99,67 +101,55 @@ class Block {
         norms(diagonal + kVectors),
         row(norms + kVectors),
         held(row + rank),
+        first(height * static_cast<int>(cluster_rank())),
+        count(max(min(rank - first, height), 0)),
         rank_(rank),
+        height_(height),
+        blocks_(static_cast<int>(cluster_size())),
         thread_(static_cast<int>(threadIdx.x)),
         warp_(thread_ / 32),
         group_(thread_ % 32 / 4),
         member_(thread_ % 4) {}
 
+  // to [count] = the sum of the blocks' `from`, in one order, so that all of them have the same
+  // bits.
+  __device__ void add_up(double* from, double* to, int numbers) const {
+    meet();
+    for (int place = thread_; place < numbers; place += kThreads) {
+      double sum = 0;
+      for (int block = 0; block < blocks_; ++block) sum += cluster_shared(from, block)[place];
+      to[place] = sum;
+    }
+    meet();
+  }
+
   // out[i, c] = unit factor_i sum_k gram[i, k] factor_k in[k, c]; factor may be null for 1.
-  __device__ void multiply(const double* gram, const double* factor, double unit, const double* in,
+  __device__ void multiply(const double* gram, const double* factor, double unit, double* in,
                            double* out) const {
-    if constexpr (kHeld == Held::kOperand) {
-      const int rows = (rank_ + kRows - 1) / kRows * kRows;
-      for (int place = thread_; place < rows * kVectors; place += kThreads) {
-        const int k = place / kVectors;
-        held[k * kRow + place % kVectors] = k < rank_ ? in[place] * factor_of(factor, k) : 0;
-      }
-      __syncthreads();
-    }
-    for (int top = kRows * warp_; top < rank_; top += kRows * kWarps) {
+    const bool here = kShared && blocks_ == 1;
+    const int part = kShared ? height_ : part_of(kVectors);
+    double* const stage = kShared ? out : held;  // whose numbers nobody needs any more
+    meet();
+    for (int pass = 0; pass < count; pass += kPass) {
+      const int top = pass + kRows * warp_;
       double sums[kTiles][4] = {};
-      double next[8];
-      load(gram, top, 0, next);
-      for (int start = 0; start < rank_; start += kRows) {
-        double a[8], factors[4];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) a[i] = next[i];
-        if (start + kRows < rank_) load(gram, top, start + kRows, next);
-#pragma unroll
-        for (int i = 0; kHeld != Held::kOperand && i < 4; ++i) {
-          const int k = start + 4 * member_ + i;
-          factors[i] = k < rank_ ? factor_of(factor, k) : 0;
-        }
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          double b[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int k = start + 4 * member_ + i;
-            const int column = 8 * tile + group_;
-            if constexpr (kHeld == Held::kOperand) {
-              b[i] = held[k * kRow + column];
-            } else {
-              b[i] = k < rank_ ? in[k * kLine + column] * factors[i] : 0;
-            }
+      for (int start = 0; start < rank_; start += part) {
+        const int depth = min(part, rank_ - start);
+        if (!here) {
+          const double* from = kShared ? cluster_shared(in, start / height_)
+                                       : in + static_cast<int64_t>(start) * kLine;
+          for (int place = thread_; place < depth * kVectors; place += kThreads) {
+            const int k = place / kVectors, column = place % kVectors;
+            stage[k * kRow + column] = from[k * kLine + column];
           }
-          mma<kRows>(sums[tile], a, b);
+          __syncthreads();
         }
+        if (top < count) add_products(gram, factor, top, start, depth, here ? in : stage, sums);
+        if (!here) __syncthreads();
       }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = top + group_ + 8 * half;
-        if (row >= rank_) continue;
-        const double each = unit * factor_of(factor, row);
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          double* to = out + row * kLine + 8 * tile + 2 * member_;
-          to[0] = sums[tile][2 * half] * each;
-          to[1] = sums[tile][2 * half + 1] * each;
-        }
-      }
+      write(unit, factor, top, sums, out);
     }
-    __syncthreads();
+    meet();
   }
 
   // s = left^T right, which is symmetric: tiles below the diagonal are mirrored.
@@ -167,38 +157,38 @@ class Block {
     constexpr int kAcross = kVectors / 8;
     for (int place = warp_; place < kVectors / kRows * kAcross; place += kWarps) {
       const int top = place / kAcross * kRows;
-      const int first = place % kAcross * 8;
-      if (first < top) continue;
+      const int beside = place % kAcross * 8;
+      if (beside < top) continue;
       double sums[4] = {};
-      for (int start = 0; start < rank_; start += kRows) {
+      for (int start = 0; start < count; start += kRows) {
         double a[8], b[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int k = start + 4 * member_ + i;
-          const bool inside = k < rank_;
+          const bool inside = k < count;
           a[2 * i] = inside ? left[k * kLine + top + group_] : 0;
           a[2 * i + 1] = inside ? left[k * kLine + top + group_ + 8] : 0;
-          b[i] = inside ? right[k * kLine + first + group_] : 0;
+          b[i] = inside ? right[k * kLine + beside + group_] : 0;
         }
         mma<kRows>(sums, a, b);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        double* to = s + (top + group_ + 8 * half) * kRow + first + 2 * member_;
+        double* to = t + (top + group_ + 8 * half) * kRow + beside + 2 * member_;
         to[0] = sums[2 * half];
         to[1] = sums[2 * half + 1];
-        if (first < top + kRows) continue;
-        double* mirrored = s + (first + 2 * member_) * kRow + top + group_ + 8 * half;
+        if (beside < top + kRows) continue;
+        double* mirrored = t + (beside + 2 * member_) * kRow + top + group_ + 8 * half;
         mirrored[0] = sums[2 * half];
         mirrored[kRow] = sums[2 * half + 1];
       }
     }
-    __syncthreads();
+    add_up(t, s, kVectors * kRow);
   }
 
   // out = in t; in place too, as a warp reads its 16 rows before it writes them.
   __device__ void transform(const double* in, double* out) const {
-    for (int top = kRows * warp_; top < rank_; top += kRows * kWarps) {
+    for (int top = kRows * warp_; top < count; top += kPass) {
       double a[kVectors / kRows][8];
 #pragma unroll
       for (int step = 0; step < kVectors / kRows; ++step) {
@@ -206,7 +196,7 @@ class Block {
         for (int i = 0; i < 8; ++i) {
           const int row = top + group_ + i % 2 * 8;
           const int k = kRows * step + 4 * member_ + i / 2;
-          a[step][i] = row < rank_ ? in[row * kLine + k] : 0;
+          a[step][i] = row < count ? in[row * kLine + k] : 0;
         }
       }
       __syncwarp();
@@ -225,7 +215,7 @@ class Block {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = top + group_ + 8 * half;
-          if (row >= rank_) continue;
+          if (row >= count) continue;
           double* to = out + row * kLine + 8 * tile + 2 * member_;
           to[0] = sums[2 * half];
           to[1] = sums[2 * half + 1];
@@ -356,7 +346,7 @@ class Block {
                             const double* w) const {
     const int column = thread_ % kVectors;
     double sum = 0;
-    for (int i = thread_ / kVectors; i < rank_; i += kThreads / kVectors) {
+    for (int i = thread_ / kVectors; i < count; i += kThreads / kVectors) {
       const int at = i * kLine + column;
       sum = fma(fma(-theta[column], x[at], y[at]), fma(-theta[column], z[at], w[at]), sum);
     }
@@ -364,10 +354,10 @@ class Block {
     __syncthreads();
     if (thread_ < kVectors) {
       double square = 0;
-      for (int part = thread_; part < kThreads; part += kVectors) square += partial[part];
-      residual[thread_] = square;
+      for (int other = thread_; other < kThreads; other += kVectors) square += partial[other];
+      norms[thread_] = square;
     }
-    __syncthreads();
+    add_up(norms, residual, kVectors);
   }
 
   double* const s;
@@ -378,11 +368,18 @@ class Block {
   double* const diagonal;
   double* const norms;
   double* const row;   // [R] the diagonal of D
-  double* const held;  // the operand at hand, or the four blocks of vectors
+  double* const held;  // the four blocks of vectors, or the part of an operand at hand
+  const int first;     // of this block's rows
+  const int count;     // of them
 
  private:
-  __device__ static double factor_of(const double* factor, int i) {
-    return factor == nullptr ? 1 : factor[i];
+  // All threads of the cluster.
+  __device__ void meet() const {
+    if (blocks_ == 1) {
+      __syncthreads();
+    } else {
+      cluster_sync();
+    }
   }
 
   __device__ void take() const {
@@ -390,16 +387,65 @@ class Block {
     __syncthreads();
   }
 
-  __device__ void load(const double* gram, int top, int start, double (&a)[8]) const {
+  // sums += gram[i, k] factor_k operand[k - start, c] for `depth` terms, and 16 rows from `top` on.
+  __device__ void add_products(const double* gram, const double* factor, int top, int start,
+                               int depth, const double* operand, double (&sums)[kTiles][4]) const {
+    constexpr bool kAhead = kVectors == kFew;  // registers for the numbers of the next step, too
+    double next[8];
+    if constexpr (kAhead) load(gram, factor, top, start, next);
+    for (int done = 0; done < depth; done += kRows) {
+      double a[8];
+      if constexpr (kAhead) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) a[i] = next[i];
+        if (done + kRows < depth) load(gram, factor, top, start + done + kRows, next);
+      } else {
+        load(gram, factor, top, start + done, a);
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        double b[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int k = done + 4 * member_ + i;
+          b[i] = k < depth ? operand[k * kRow + 8 * tile + group_] : 0;
+        }
+        mma<kRows>(sums[tile], a, b);
+      }
+    }
+  }
+
+  __device__ void load(const double* gram, const double* factor, int top, int start,
+                       double (&a)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int row = top + group_ + i % 2 * 8;
+      const int own = top + group_ + i % 2 * 8;
       const int k = start + 4 * member_ + i / 2;
-      a[i] = row < rank_ && k < rank_ ? gram[static_cast<int64_t>(row) * rank_ + k] : 0;
+      const bool inside = own < count && k < rank_;
+      a[i] = inside ? gram[static_cast<int64_t>(first + own) * rank_ + k] : 0;
+      if (factor != nullptr && inside) a[i] *= factor[k];
+    }
+  }
+
+  __device__ void write(double unit, const double* factor, int top, const double (&sums)[kTiles][4],
+                        double* out) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = top + group_ + 8 * half;
+      if (own >= count) continue;
+      const double each = factor == nullptr ? unit : unit * factor[first + own];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        double* to = out + own * kLine + 8 * tile + 2 * member_;
+        to[0] = sums[tile][2 * half] * each;
+        to[1] = sums[tile][2 * half + 1] * each;
+      }
     }
   }
 
   const int rank_;
+  const int height_;  // rows of every block but the last
+  const int blocks_;  // of the cluster
   const int thread_;
   const int warp_;
   const int group_;
@@ -462,46 +508,51 @@ __device__ void write_nothing(const Task& task, int64_t module, double total) {
   }
 }
 
-template <int kVectors, Held kHeld>
-__global__ void __launch_bounds__(kThreads, 1) iterate(Task task) {
-  const int64_t module = blockIdx.x;
+template <int kVectors, bool kShared>
+__global__ void __launch_bounds__(kThreads, 1) iterate(Task task, int height) {
+  const int64_t module = blockIdx.x / cluster_size();
   if (task.again && task.solved[module] != 0) return;
   const int rank = task.rank;
   const int thread = static_cast<int>(threadIdx.x);
+  const bool speaks = thread == 0 && cluster_rank() == 0;
   const int64_t square = static_cast<int64_t>(rank) * rank;
   const int64_t step = static_cast<int64_t>(rank) + 1;
   const double* gram_b = task.gram_b + module * square;
   const double* gram_a = task.gram_a + module * square;
   const double* scale = task.scale + module * rank;
-  const Block<kVectors, kHeld> block(rank, shared_memory<double>());
-  constexpr int kLine = Block<kVectors, kHeld>::kLine;
+  const Block<kVectors, kShared> block(rank, height, shared_memory<double>());
+  constexpr int kLine = Block<kVectors, kShared>::kLine;
   double* x = task.out.left + module * square;  // X, C X, G_B X and G_B C X
   double* y = task.memory.image + module * square;
   double* z = task.memory.dual + module * square;
   double* w = task.out.right + module * square;
-  if constexpr (kHeld == Held::kAll) {
+  if constexpr (kShared) {
     x = block.held;
-    y = x + rank * kLine;
-    z = y + rank * kLine;
-    w = z + rank * kLine;
+    y = x + height * kLine;
+    z = y + height * kLine;
+    w = z + height * kLine;
   }
 
   double sum = 0;
-  for (int64_t place = thread; place < square; place += kThreads) {
-    const int64_t i = place / rank, k = place % rank;
+  for (int place = thread; place < block.count * rank; place += kThreads) {
+    const int i = block.first + place / rank, k = place % rank;
     if (k < i) continue;
-    const double product = scale[i] * gram_a[place] * scale[k];
-    sum = fma(k > i ? 2 * product : product, gram_b[place], sum);
+    const int64_t at = static_cast<int64_t>(i) * rank + k;
+    const double product = scale[i] * gram_a[at] * scale[k];
+    sum = fma(k > i ? 2 * product : product, gram_b[at], sum);
   }
   block.partial[thread] = sum;
-  if (thread == 0 && !task.again) task.solved[module] = 0;
+  if (speaks && !task.again) task.solved[module] = 0;
   for (int i = thread; i < rank; i += kThreads) block.row[i] = scale[i];
-  __syncthreads();
-  const double total = warp_sum(kThreads, [&](int i) { return block.partial[i]; });
+  block.add_up(block.partial, block.t, kThreads);
+  const double total = warp_sum(kThreads, [&](int i) { return block.t[i]; });
   const double terms = terms_of(rank, gram_b, gram_a, scale);
   __syncthreads();
   const double share = fmax(rank * kEps, task.noise);
-  if (terms == 0 && total == 0) return write_nothing(task, module, 0);
+  if (terms == 0 && total == 0) {
+    if (cluster_rank() == 0) write_nothing(task, module, 0);
+    return;
+  }
   // Where clients cancel, or something is not finite, the full route knows what to say.
   if (!isfinite(terms) || !isfinite(total) || !(total > kShift * share * terms)) return;
   const int even = ilogb(fmax(total, terms)) / 2 * 2;
@@ -512,13 +563,13 @@ __global__ void __launch_bounds__(kThreads, 1) iterate(Task task) {
                          share * terms * unit, task.cap};
 
   // Balanced between the clients as the factors' columns are when equilibrated.
-  for (int i = thread; i < rank; i += kThreads) {
+  for (int own = thread; own < block.count; own += kThreads) {
+    const int i = block.first + own;
     const double norm_b = sqrt(fmax(gram_b[i * step], 0.0));
     const double norm_a = sqrt(fmax(gram_a[i * step], 0.0)) * fabs(scale[i]);
     const double size = norm_b > 0 && norm_a > 0 ? sqrt(norm_a / norm_b) : 0;
-    for (int k = 0; k < kVectors; ++k) z[i * kLine + k] = size * start_of(i * kVectors + k);
+    for (int k = 0; k < kVectors; ++k) z[own * kLine + k] = size * start_of(i * kVectors + k);
   }
-  __syncthreads();
   block.multiply(gram_a, block.row, unit, z, y);
   block.multiply(gram_b, nullptr, 1, y, w);
 
@@ -562,16 +613,22 @@ __global__ void __launch_bounds__(kThreads, 1) iterate(Task task) {
   const double root = ldexp(1.0, exponent / 2);
   double* left = task.out.left + module * square;
   double* right = task.out.right + module * square;
-  for (int64_t place = thread; place < square; place += kThreads) {
-    const int i = static_cast<int>(place / rank), k = static_cast<int>(place % rank);
-    left[place] = k < count ? y[i * kLine + k] * (root / sqrt(block.theta[k])) : 0;
-    const double row = i < count ? z[k * kLine + i] / sqrt(block.theta[i]) : 0;
-    right[place] = row * scale[k] / root;
+  for (int place = thread; place < block.count * rank; place += kThreads) {
+    const int own = place / rank, k = place % rank;
+    const double value = k < count ? y[own * kLine + k] * (root / sqrt(block.theta[k])) : 0;
+    left[static_cast<int64_t>(block.first + own) * rank + k] = value;
   }
-  for (int i = thread; i < rank; i += kThreads) {
+  for (int place = thread; place < block.count * rank; place += kThreads) {
+    const int i = place / block.count, own = place % block.count;
+    const double value = i < count ? z[own * kLine + i] / sqrt(block.theta[i]) : 0;
+    const int k = block.first + own;
+    right[static_cast<int64_t>(i) * rank + k] = value * scale[k] / root;
+  }
+  for (int own = thread; own < block.count; own += kThreads) {
+    const int i = block.first + own;
     task.out.sigma[module * rank + i] = i < count ? sqrt(block.theta[i]) * root : 0;
   }
-  if (thread == 0) {
+  if (speaks) {
     task.out.total_energy[module] = total;
     task.out.info[module] = 0;
     task.solved[module] = 1;
@@ -579,47 +636,58 @@ __global__ void __launch_bounds__(kThreads, 1) iterate(Task task) {
 }
 
 template <int kVectors>
-void launch_iterate(int64_t modules, const Task& task, Stream stream) {
-  const auto blocks = static_cast<unsigned>(modules);
-  const auto launched = [&](auto kernel, Held held) {
-    const size_t bytes = shared_bytes<kVectors>(task.rank, held);
-    if (bytes > device().shared_per_block) return false;
-    launch(kernel, dim3(blocks), kThreads, bytes, stream, task);
-    return true;
+void launch_iterate(int64_t modules, const Attempt& attempt, const Task& task, Stream stream) {
+  const int blocks = std::max(attempt.blocks, 1);
+  const int height = attempt.blocks > 0 ? height_of(task.rank, blocks) : task.rank;
+  const auto launched = [&](auto kernel) {
+    launch_cluster(kernel, dim3(static_cast<unsigned>(modules * blocks)), blocks, kThreads,
+                   shared_bytes(task.rank, attempt), stream, task, height);
   };
-  if constexpr (kVectors == kFew) {  // 64 vectors of R >= 256 never fit
-    if (launched(iterate<kVectors, Held::kAll>, Held::kAll)) return;
-  }
-  if (launched(iterate<kVectors, Held::kOperand>, Held::kOperand)) return;
-  launched(iterate<kVectors, Held::kNone>, Held::kNone);
-}
-
-template <int kVectors>
-bool fits(int64_t rank) {
-  return shared_bytes<kVectors>(rank, Held::kNone) <= device().shared_per_block;
+  if (attempt.blocks > 0) return launched(iterate<kVectors, true>);
+  launched(iterate<kVectors, false>);
 }
 
 int64_t cap_of(int64_t rank, const SpectrumOptions& options) {
   return options.cap > 0 ? std::min(options.cap, rank) : rank;
 }
 
-}  // namespace
-
-bool leading_pays(int64_t rank, const SpectrumOptions& options) {
-  const bool part = options.energy < kPart || 2 * cap_of(rank, options) <= kMany;
-  return rank > 2 * kFew && part && fits<kFew>(rank);
+// Where this many vectors lie: in the shared memory of as few blocks as hold them, else in device
+// memory. A block of a cluster computes its rows in one pass.
+void add(int64_t rank, int vectors, std::vector<Attempt>& attempts) {
+  for (const int blocks : {1, 2, 4, 8, 0}) {
+    if (blocks > 1 && (device().capability < 90 || height_of(rank, blocks) > kPass)) continue;
+    const Attempt attempt = {vectors, blocks};
+    if (shared_bytes(rank, attempt) <= device().shared_per_block) {
+      return attempts.push_back(attempt);
+    }
+  }
 }
 
-void leading(int64_t modules, int64_t rank, const double* gram_b, const double* gram_a,
-             const double* scale, const SpectrumOptions& options, const Spectra& out, int* solved,
+}  // namespace
+
+std::vector<Attempt> leading_attempts(int64_t rank, const SpectrumOptions& options) {
+  const int64_t cap = cap_of(rank, options);
+  std::vector<Attempt> attempts;
+  if (rank <= 2 * kFew || (options.energy >= kPart && 2 * cap > kMany)) return attempts;
+  add(rank, kFew, attempts);
+  if (rank >= 4 * kMany && 2 * cap > kFew) add(rank, kMany, attempts);
+  return attempts;
+}
+
+void leading(int64_t modules, int64_t rank, const std::vector<Attempt>& attempts,
+             const double* gram_b, const double* gram_a, const double* scale,
+             const SpectrumOptions& options, const Spectra& out, int* solved,
              const LeadingMemory& memory, Stream stream) {
   const auto cap = static_cast<int>(cap_of(rank, options));
   Task task = {static_cast<int>(rank), gram_b, gram_a, scale,  options.energy, cap,
                options.noise,          false,  out,    solved, memory};
-  launch_iterate<kFew>(modules, task, stream);
-  task.again = true;
-  if (rank >= 4 * kMany && 2 * cap > kFew && fits<kMany>(rank)) {
-    launch_iterate<kMany>(modules, task, stream);
+  for (const Attempt& attempt : attempts) {
+    if (attempt.vectors == kFew) {
+      launch_iterate<kFew>(modules, attempt, task, stream);
+    } else {
+      launch_iterate<kMany>(modules, attempt, task, stream);
+    }
+    task.again = true;
   }
 }
 

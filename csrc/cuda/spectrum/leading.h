@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "spectrum.h"
 
@@ -28,13 +29,22 @@ struct LeadingMemory {
   double* dual;   // G_B X
 };
 
-// Whether a part of the spectrum is wanted that a block of vectors can hold.
-bool leading_pays(int64_t rank, const SpectrumOptions& options);
+// One launch: with how many vectors, and in the shared memory of how many blocks a module; 0: in
+// device memory.
+struct Attempt {
+  int vectors;
+  int blocks;
+};
+
+// What is tried on the present device, in this order, for the modules that are left; nothing where
+// a block of vectors cannot hold the part that is wanted.
+std::vector<Attempt> leading_attempts(int64_t rank, const SpectrumOptions& options);
 
 // solved [L]: 1 for modules with a certificate, whose results are in `out`; 0 for the others, of
 // which `out` says nothing yet.
-void leading(int64_t modules, int64_t rank, const double* gram_b, const double* gram_a,
-             const double* scale, const SpectrumOptions& options, const Spectra& out, int* solved,
+void leading(int64_t modules, int64_t rank, const std::vector<Attempt>& attempts,
+             const double* gram_b, const double* gram_a, const double* scale,
+             const SpectrumOptions& options, const Spectra& out, int* solved,
              const LeadingMemory& memory, Stream stream);
 
 }  // namespace fedlora::cuda

@@ -151,8 +151,9 @@ __global__ void __launch_bounds__(kFactorThreads)
 
 }  // namespace
 
-size_t spectrum_workspace(int64_t modules, int64_t rank) {
-  return Scratch(modules, rank, nullptr).bytes + eigensolver_workspace(modules, rank);
+size_t spectrum_workspace(int64_t modules, int64_t rank, Stream stream) {
+  return Scratch(modules, rank, nullptr).bytes +
+         eigensolver_workspace(modules, rank, is_captured(stream));
 }
 
 void spectrum(int64_t modules, int64_t rank, const double* gram_b, const double* gram_a,
@@ -169,8 +170,8 @@ void spectrum(int64_t modules, int64_t rank, const double* gram_b, const double*
   const auto r = static_cast<int>(rank);
   const int64_t square = rank * rank;
   const int* solved = nullptr;
-  if (leading_pays(rank, options)) {
-    leading(modules, rank, gram_b, gram_a, scale, options, out, scratch.solved,
+  if (const auto attempts = leading_attempts(rank, options); !attempts.empty()) {
+    leading(modules, rank, attempts, gram_b, gram_a, scale, options, out, scratch.solved,
             {scratch.core, scratch.lower}, stream);
     solved = scratch.solved;
   }

@@ -29,7 +29,8 @@ struct Spectra {
   int64_t* info;         // [L], 0 where the solver converged
 };
 
-size_t spectrum_workspace(int64_t modules, int64_t rank);
+// Throws std::runtime_error where the stream is captured and no solver for the rank can be.
+size_t spectrum_workspace(int64_t modules, int64_t rank, Stream stream);
 
 // Grams [L, R, R], scale [L, R] (the diagonal of D). A module whose Grams are not finite gets
 // info = 1, a total energy of NaN and zeros.

@@ -46,6 +46,10 @@ struct Device {
 
 const Device& device();
 
+// A stream that counts as captured into a graph.
+inline constexpr Stream kCaptured = 1;
+inline bool is_captured(Stream stream) { return stream == kCaptured; }
+
 struct bf16 {
   uint16_t bits;
 };

@@ -34,6 +34,10 @@ class Triton(Backend):
         """Whether Triton is there with a GPU or its interpreter."""
         return serves()
 
+    def handles(self, device: str) -> bool:
+        """Whether the kernels run there: on torch's GPUs, or interpreted on the CPU."""
+        return device != "cpu" or not self.leaves_cpu
+
     def activate(self, operators: "Operators") -> None:
         """Put the kernels behind ``torch.ops.fedlora`` for this process's devices."""
         super().activate(operators)
