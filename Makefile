@@ -19,7 +19,7 @@ BY_TEST := --dist worksteal
 CONFIGURE := $(BIN)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 EMULATED := build/emulated
 
-.PHONY: env run models test test-backends test-flower test-slow test-cpp check format bench docs clean
+.PHONY: env run models test test-backends test-flower test-slow test-cpp notebook check format bench docs clean
 
 env: $(STAMP)
 
@@ -88,6 +88,11 @@ test-cpp: env
 	ASAN_OPTIONS=detect_leaks=0 FEDLORA_BACKEND=cuda-emulated FEDLORA_LIBRARIES=$(EMULATED)-address/csrc/bindings \
 		$(BIN)/python -m pytest $(foreach stage,gram combine stacked_svd,python_tests/ops/test_$(stage).py) \
 		-k 'non_contiguous or bad_arguments or (list_is_the_stack and (primes or heterogeneous or wide_stack))'
+
+# The notebook by a Jupyter kernel, which make test does not need: there its cells run without one.
+notebook: env
+	$(BIN)/python -m pip install -q -c constraints.txt ipykernel nbclient
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter-execute --timeout=120 examples/combine_adapters.ipynb
 
 check: env
 	$(BIN)/ruff format --check .

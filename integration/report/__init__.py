@@ -9,7 +9,7 @@ figures.py         its figures; module_figures.py draws the single modules
 panels.py          a panel for each rule
 palette.py         colors and style of all figures, also those of benchmarks/
 page_filler.py     text between the marks of a page, also for benchmarks/
-pages.py           the README's quickstart section and the tables of docs/findings.md
+pages.py           the README's quickstart section and the tables of docs/rules.md and findings.md
 tracking.py        the same rounds for TensorBoard and Weights & Biases
 live.py            where the rounds of a running comparison go
 """

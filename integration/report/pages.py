@@ -1,6 +1,6 @@
-"""The README's quickstart section and the tables of docs/findings.md, from committed runs.
+"""The README's quickstart section and the tables of docs/rules.md and docs/findings.md, from runs.
 
-    python -m integration.report.pages [README.md docs/findings.md]
+    python -m integration.report.pages [README.md docs/rules.md docs/findings.md]
 
 A page says what it wants, each between two marks (page_filler.py); the text between them is made
 from the files in integration/results:
@@ -33,7 +33,7 @@ from integration.report.table import Entry, columns, megabytes, relative, score
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "integration" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "rules.md", ROOT / "docs" / "findings.md")
 
 CELLS: Mapping[str, Callable[[Entry], str]] = {
     "accuracy": score("accuracy", "within_noise"),
