@@ -152,10 +152,13 @@ class Widened:
 def _runs(factors: Sequence[Tensor], room: int) -> Iterator[list[Tensor]]:
     """Runs of factors that fit the room in float64; one factor is a run however large it is."""
     run: list[Tensor] = []
+    held = 0
     for factor in factors:
-        if run and 8 * (sum(x.numel() for x in run) + factor.numel()) > room:
+        size = 8 * factor.numel()
+        if run and held + size > room:
             yield run
-            run = []
+            run, held = [], 0
         run.append(factor)
+        held += size
     if run:
         yield run
