@@ -166,8 +166,6 @@ class Grams:
     def nbytes(self) -> int:
         """Bytes of the R x R matrices that are there."""
         held = [] if self._matrices is None else [*self._matrices]
-        if "products" in self.__dict__:
-            held.append(self.products)
         spectra = sum(found.nbytes for found in self._spectra.values())
         return spectra + sum(tensor.nbytes for tensor in held)
 
@@ -175,7 +173,7 @@ class Grams:
         """Let go of everything that was computed; it is computed anew for who asks again."""
         self._matrices = None
         self._spectra.clear()
-        for name in ("products", "energy", "noise", "client_products"):
+        for name in ("energy", "noise", "client_products"):
             self.__dict__.pop(name, None)
 
     @property
@@ -254,11 +252,6 @@ class Grams:
         return total
 
     @cached_property
-    def products(self) -> Tensor:
-        """<b_i a_i, b_j a_j> of the R rank-1 terms, G_B o G_A: [L,R,R] float64."""
-        return self.b * self.a
-
-    @cached_property
     def noise(self) -> Tensor:
         """What rounding leaves of ||dW||^2 where the clients cancel: [L] float64."""
         return negligible(self.stacked_rank) * magnitude(self.b, self.a, self.scale)
@@ -267,7 +260,7 @@ class Grams:
     def client_products(self) -> Tensor:
         """<dW_j, dW_k> of the clients' own updates s_k B_k A_k: [L,K,K] float64."""
         membership = self.membership
-        products = membership.T @ self.products @ membership
+        products = membership.T @ (self.b * self.a) @ membership
         return self.scalings[:, :, None] * products * self.scalings[:, None, :]
 
     @cached_property
