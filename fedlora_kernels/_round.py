@@ -34,7 +34,7 @@ from fedlora_kernels.rules import Rule
 KEPT = 1 << 28
 """Bytes of Gram matrices and spectra that a round keeps, 256 MiB; others are computed anew."""
 
-LIVE = 8
+LIVE = 12
 """So many arrays of a batch's G_B, at most, live while the batch is worked on."""
 
 

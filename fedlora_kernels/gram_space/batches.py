@@ -28,7 +28,7 @@ ABSENT = ("zero", "renormalize")
 GRAM_BYTES = 1 << 27
 """What the matrices G_B of one batch may take: 128 MiB, 1024 modules at R = 128 and 64 at R = 512.
 
-Some eight such arrays live while a batch is worked on; one module is a batch however large it is.
+Some ten such arrays live while a batch is worked on; one module is a batch however large it is.
 """
 
 WIDE_RANK = 512
