@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 KEPT = 1 << 28
 """Bytes of Gram matrices and spectra that a round keeps, 256 MiB; others are computed anew."""
 
-LIVE = 16
+LIVE = 12
 """So many arrays of a batch's G_B, at most, live while the batch is worked on."""
 
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <utility>
 
 #include "kernels.h"
 #include "lapack.h"
@@ -14,6 +16,7 @@ constexpr int64_t kFewest = 3;       // one eigenvector in so many is few: inver
 constexpr int kLargest = 400;        // exponent beyond which M is scaled before it is reduced
 constexpr int64_t kBlock = 16;       // the commonest LoRA rank: what one shared A contributes
 constexpr double kConverged = 1e-9;  // residual over theta_1; theta errs by its square
+constexpr int64_t kApplied = 16;     // of M that is not formed, one dimension in so many is tried
 constexpr int64_t kPasses = 5;       // of orthogonalisation; two suffice but for lost directions
 
 double dot(const double* x, const double* y, int64_t count) {
@@ -24,22 +27,21 @@ double dot(const double* x, const double* y, int64_t count) {
 
 class Krylov {
  public:
-  Krylov(int64_t n, const double* m, double wanted, int64_t cap)
-      : n_(n),
-        limit_(std::max(n / 4, std::min<int64_t>(n * 3 / 8, 48)) / kBlock * kBlock),
+  // square: ||M||_F^2, infinite where it is not known. dimensions: how many the space may have.
+  Krylov(const Applied& m, double square, int64_t dimensions, double wanted, int64_t cap)
+      : n_(m.n),
+        limit_(dimensions / kBlock * kBlock),
         wanted_(wanted),
-        cap_(std::min(cap, n)),
+        cap_(std::min(cap, m.n)),
         m_(m),
-        basis_(n * (limit_ + kBlock)),
+        basis_(n_ * (limit_ + kBlock)),
         inner_(limit_ * kBlock),
         h_(limit_ * limit_),
         ritz_(limit_ * limit_),
         theta_(limit_),
         upper_(kBlock * kBlock),
-        tau_(kBlock) {
-    for (int64_t i = 0; i < n; ++i) trace_ += m[i * n + i];
-    square_ = dot(m, m, n * n);
-  }
+        tau_(kBlock),
+        square_(square) {}
 
   // Whether `found` holds certified pairs.
   bool run(Eigenpairs& found) {
@@ -80,7 +82,7 @@ class Krylov {
   void grow() {
     const double* last = basis_.get() + size_ * n_;
     double* next = basis_.get() + (size_ + kBlock) * n_;
-    lapack::gemm(false, false, n_, kBlock, n_, 1, m_, n_, last, n_, 0, next, n_);
+    m_.apply(kBlock, last, next);
     image_square_ += dot(next, next, n_ * kBlock);
     size_ += kBlock;
     project(next);
@@ -123,7 +125,7 @@ class Krylov {
     }
     if (captured >= wanted_) return true;
     const double missed = square_ - 2 * image_square_ + square;
-    return size_ >= cap_ && std::min(trace_ - captured, std::sqrt(std::max(missed, 0.0))) <=
+    return size_ >= cap_ && std::min(m_.trace - captured, std::sqrt(std::max(missed, 0.0))) <=
                                 captured / static_cast<double>(cap_);
   }
 
@@ -145,7 +147,7 @@ class Krylov {
         needed_ = i + 1;
         threshold_ = value;
       }
-      const double missed = std::min(trace_ - sum, std::sqrt(std::max(square_ - square, 0.0)));
+      const double missed = std::min(m_.trace - sum, std::sqrt(std::max(square_ - square, 0.0)));
       if (needed_ > 0 && missed <= threshold_) return true;
     }
     return false;
@@ -180,7 +182,7 @@ class Krylov {
   const int64_t limit_;
   const double wanted_;
   const int64_t cap_;
-  const double* const m_;
+  const Applied& m_;
   Buffer<double> basis_;
   Buffer<double> inner_;
   Buffer<double> h_;
@@ -191,8 +193,7 @@ class Krylov {
   double tie_[kBlock * kBlock] = {};
   int64_t size_ = 0;
   int64_t needed_ = 0;
-  double trace_ = 0;
-  double square_ = 0;
+  const double square_;
   double image_square_ = 0;
   double threshold_ = 0;
 };
@@ -283,11 +284,24 @@ class Tridiagonal {
   int exponent_ = 0;
 };
 
+double share_of(double wanted, double trace) { return trace > 0 ? wanted / trace : 1; }
+
+// Whether residuals can tell apart what is wanted: not the last 1e-9 of the energy.
+bool in_reach(double share, int64_t cap, int64_t dimensions) {
+  return share < 1 - kConverged || cap <= dimensions;
+}
+
 }  // namespace
 
 bool krylov_pays(int64_t n, double share, int64_t cap) {
-  // The residual tolerance cannot tell the last 1e-9 of the energy apart.
-  return n > kSmall && (share < 1 - kConverged || cap <= n / 4);
+  return n > kSmall && in_reach(share, cap, n / 4);
+}
+
+bool leading_eigenpairs(const Applied& m, double wanted, int64_t cap, Eigenpairs& found) {
+  const int64_t dimensions = m.n / kApplied;
+  constexpr double unknown = std::numeric_limits<double>::infinity();
+  return in_reach(share_of(wanted, m.trace), cap, dimensions) &&
+         Krylov(m, unknown, dimensions, wanted, cap).run(found);
 }
 
 Eigenpairs leading_eigenpairs(int64_t n, double* m, double wanted, int64_t cap) {
@@ -298,9 +312,12 @@ Eigenpairs leading_eigenpairs(int64_t n, double* m, double wanted, int64_t cap) 
     none.converged = false;
     return none;
   }
-  if (krylov_pays(n, trace > 0 ? wanted / trace : 1, cap)) {
+  if (krylov_pays(n, share_of(wanted, trace), cap)) {
+    const Applied formed{n, trace, [=](int64_t count, const double* block, double* image) {
+                           lapack::gemm(false, false, n, count, n, 1, m, n, block, n, 0, image, n);
+                         }};
     Eigenpairs found;
-    if (Krylov(n, m, wanted, cap).run(found)) return found;
+    if (Krylov(formed, dot(m, m, n * n), n / 4, wanted, cap).run(found)) return found;
   }
   if (n == 0) return Eigenpairs{.values = Buffer<double>(), .vectors = Buffer<double>()};
   return Tridiagonal(n, m, trace).leading(wanted, cap);

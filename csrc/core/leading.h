@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "memory.h"
 
@@ -27,6 +28,18 @@ struct Eigenpairs {
 
 // Whether the Krylov space is tried first, for a share of the trace and a number of pairs.
 bool krylov_pays(int64_t n, double share, int64_t cap);
+
+// A matrix of known trace that is applied and never formed: image = M block, both [n, count]
+// column-major.
+struct Applied {
+  int64_t n;
+  double trace;
+  std::function<void(int64_t count, const double* block, double* image)> apply;
+};
+
+// The same from products alone, in a space of n / 16 dimensions; false where the trace has certified
+// nothing by then.
+bool leading_eigenpairs(const Applied& m, double wanted, int64_t cap, Eigenpairs& found);
 
 // m: [n, n], both triangles, destroyed. wanted: sum of eigenvalues after which no more are needed;
 // cap: how many are needed at most.

@@ -13,6 +13,24 @@ namespace fedlora {
 namespace {
 
 constexpr double kPlainCholesky = 1e4;  // times R eps: pivots that need no pivoting
+constexpr int64_t kUnformed = 1024;   // from this rank on M is applied before it is formed
+constexpr double kKnown = 1e-6;  // share of the terms that clients leave: the sum has nine digits
+
+// <D G_B D, G_A>: the trace of M.
+double squared_norm(int64_t rank, const double* gram_b, const double* gram_a,
+                    const double* scale) {
+  double diagonal = 0;
+  double beside = 0;
+  for (int64_t i = 0; i < rank; ++i) {
+    const double* b = gram_b + i * rank;
+    const double* a = gram_a + i * rank;
+    double row = 0;
+    for (int64_t j = 0; j < i; ++j) row += b[j] * a[j] * scale[j];
+    beside += row * scale[i];
+    diagonal += b[i] * a[i] * scale[i] * scale[i];
+  }
+  return diagonal + 2 * beside;
+}
 
 }  // namespace
 
@@ -45,10 +63,13 @@ Spectrum::Spectrum(int64_t rank, const double* gram_b, const double* gram_a, con
     return;
   }
   factor(gram_a, noise);
-  Buffer<double> m(kept_ * kept_);
-  core(gram_b, m.get());
-  for (int64_t i = 0; i < kept_; ++i) total_ += m[i * kept_ + i];
-  eigen_ = leading_eigenpairs(kept_, m.get(), wanted_energy(energy, total_, rank), cap);
+  if (!(noise == 0 && by_products(gram_b, gram_a, scale, energy, cap))) {
+    Buffer<double> m(kept_ * kept_);
+    core(gram_b, m.get());
+    total_ = 0;
+    for (int64_t i = 0; i < kept_; ++i) total_ += m[i * kept_ + i];
+    eigen_ = leading_eigenpairs(kept_, m.get(), wanted_energy(energy, total_, rank), cap);
+  }
   if (!eigen_.converged) return;
   count_ = counted(eigen_.count, eigen_.values.get(), terms_, rank, sigma_.get());
 }
@@ -110,6 +131,43 @@ void Spectrum::core(const double* gram_b, double* m) const {
                  kept_);
   }
   mirror(kept_, m);
+}
+
+// Whether the eigenpairs that are wanted come from applying a large M.
+bool Spectrum::by_products(const double* gram_b, const double* gram_a, const double* scale,
+                           double energy, int64_t cap) {
+  if (kept_ < kUnformed) return false;
+  total_ = squared_norm(rank_, gram_b, gram_a, scale);
+  if (!(total_ > kKnown * terms_)) return false;
+  const Applied m{kept_, total_, [&](int64_t count, const double* block, double* image) {
+                    apply(gram_b, count, block, image);
+                  }};
+  return leading_eigenpairs(m, wanted_energy(energy, total_, rank_), cap, eigen_);
+}
+
+// M block, for a block [kept, count].
+void Spectrum::apply(const double* gram_b, int64_t count, const double* block,
+                     double* image) const {
+  const int64_t rank = rank_;
+  const Buffer<double> pivoted(rank * count);
+  const Buffer<double> placed(rank * count);
+  lapack::gemm(false, false, rank, count, kept_, 1, lower_.get(), rank, block, kept_, 0,
+               pivoted.get(), rank);
+  for (int64_t c = 0; c < count; ++c) {
+    for (int64_t i = 0; i < rank; ++i) {
+      placed[c * rank + pivot_[i]] = inverse_[pivot_[i]] * pivoted[c * rank + i];
+    }
+  }
+  const Buffer<double> product(rank * count);
+  lapack::gemm(false, false, rank, count, rank, 1, gram_b, rank, placed.get(), rank, 0,
+               product.get(), rank);
+  for (int64_t c = 0; c < count; ++c) {
+    for (int64_t i = 0; i < rank; ++i) {
+      pivoted[c * rank + i] = inverse_[pivot_[i]] * product[c * rank + pivot_[i]];
+    }
+  }
+  lapack::gemm(true, false, kept_, count, rank, 1, lower_.get(), rank, pivoted.get(), rank, 0, image,
+               kept_);
 }
 
 void Spectrum::left(int64_t p, double* x) const {

@@ -23,6 +23,11 @@ from fedlora_kernels.gram_space.grams import Grams
 B, A = "B ", "A "
 """what the names of the blocks start with; the module's own name follows"""
 
+CACHED = 1 << 20
+"""Bytes of factors that are widened at once: they are multiplied while the cache holds them, which
+takes half the time of one long product.
+"""
+
 
 class Arrived(Round):
     """A round whose Gram matrices are put together from blocks.
@@ -113,6 +118,7 @@ def row(
         AdapterError: a factor holds NaN or Inf, or is too large to square.
     """
     new, older = Widened(), Widened()
+    room = min(room, CACHED)
     for batch in stack([client], torch.ones(1, dtype=torch.float64), device=device, gram_bytes=0):
         own = Grams(batch)
         (module,), (pair,) = batch.modules, batch.pairs
@@ -154,10 +160,13 @@ class Widened:
 def _runs(factors: Sequence[Tensor], room: int) -> Iterator[list[Tensor]]:
     """Runs of factors that fit the room in float64; one factor is a run however large it is."""
     run: list[Tensor] = []
+    held = 0
     for factor in factors:
-        if run and 8 * (sum(x.numel() for x in run) + factor.numel()) > room:
+        size = 8 * factor.numel()
+        if run and held + size > room:
             yield run
-            run = []
+            run, held = [], 0
         run.append(factor)
+        held += size
     if run:
         yield run

@@ -8,6 +8,7 @@ G_B = B^T B    G_A = A A^T    D = diag(w_k s_k repeated r_k times)    dW = B D A
 The matrices are computed when something asks for one of them: a rule that only averages never does.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate
 
@@ -21,6 +22,8 @@ from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
 
 RUN = 16
 """Ranks whose inner products are summed up by client at once: a client or more."""
+TILE = 1 << 18
+"""Entries of a matrix that are looked at together, 2 MiB: large matrices leave no copies."""
 
 
 class Spectrum:
@@ -166,8 +169,6 @@ class Grams:
     def nbytes(self) -> int:
         """Bytes of the R x R matrices that are there."""
         held = [] if self._matrices is None else [*self._matrices]
-        if "products" in self.__dict__:
-            held.append(self.products)
         spectra = sum(found.nbytes for found in self._spectra.values())
         return spectra + sum(tensor.nbytes for tensor in held)
 
@@ -175,7 +176,7 @@ class Grams:
         """Let go of everything that was computed; it is computed anew for who asks again."""
         self._matrices = None
         self._spectra.clear()
-        for name in ("products", "energy", "noise", "client_products"):
+        for name in ("energy", "noise", "client_products"):
             self.__dict__.pop(name, None)
 
     @property
@@ -221,14 +222,23 @@ class Grams:
         """
         stacked_rank, rank = x.shape[1:]
         if 3 * rank < 2 * stacked_rank:
-            scaled_b = self.b * self.scale[:, None, :]
-            scaled_a = self.scale[:, :, None] * self.a
-            left = torch.baddbmm(scaled_b, self.b @ x, y, alpha=-1)
-            right = torch.baddbmm(scaled_a, x, y @ self.a, alpha=-1)
-        else:
-            gap = torch.baddbmm(torch.diag_embed(self.scale), x, y, alpha=-1)
-            left, right = self.b @ gap, gap @ self.a
-        return (left * right).sum((-2, -1)).clamp_min(0)
+            b_x, y_a = self.b @ x, y @ self.a
+            total = torch.zeros_like(self.scale[:, 0])
+            for rows in self._tiles():
+                left = self.b[:, rows] * self.scale[:, None, :]
+                left.baddbmm_(b_x[:, rows], y, alpha=-1)
+                right = self.scale[:, rows, None] * self.a[:, rows]
+                right.baddbmm_(x[:, rows], y_a, alpha=-1)
+                total += left.mul_(right).sum((-2, -1))
+            return total.clamp_min(0)
+        gap = torch.baddbmm(torch.diag_embed(self.scale), x, y, alpha=-1)
+        return (self.b @ gap).mul_(gap @ self.a).sum((-2, -1)).clamp_min(0)
+
+    def _tiles(self) -> Iterator[slice]:
+        """The rows of the matrices, a tile at a time."""
+        rank = self.stacked_rank
+        step = max(1, TILE // rank)
+        return (slice(start, start + step) for start in range(0, rank, step))
 
     @cached_property
     def energy(self) -> Tensor:
@@ -238,12 +248,11 @@ class Grams:
 
     def squared_norm(self, diagonal: Tensor) -> Tensor:
         """||B diag(e) A||^2 = e^T (G_B o G_A) e for e [L,R]: [L] float64."""
-        return (diagonal[:, None, :] @ self.products @ diagonal[:, :, None]).flatten()
-
-    @cached_property
-    def products(self) -> Tensor:
-        """<b_i a_i, b_j a_j> of the R rank-1 terms, G_B o G_A: [L,R,R] float64."""
-        return self.b * self.a
+        total = torch.zeros_like(diagonal[:, 0])
+        for rows in self._tiles():
+            products = self.b[:, rows] * self.a[:, rows]
+            total += (diagonal[:, None, rows] @ products @ diagonal[:, :, None]).flatten()
+        return total
 
     @cached_property
     def noise(self) -> Tensor:

@@ -247,3 +247,32 @@ def test_reference_agrees_with_a_dense_svd(name: str) -> None:
         truncated = reference.rules.truncate(batch.dense()[module], rank)
         error = torch.linalg.matrix_norm(left @ right - truncated)
         assert_within(error, EXACT_PRODUCT * batch.magnitude()[module], "leading part of dW")
+
+
+@pytest.mark.parametrize("own", [0.02, 1.0])
+def test_leading_part_of_a_rank_whose_core_is_not_formed(own: float) -> None:
+    """From R = 1024 on the CPU applies it: what clients share is certified, what each has is not,
+    and then the core is formed.
+    """
+    rank, size = 1040, 1056
+    generator = torch.Generator().manual_seed(7)
+    b, a, common = (torch.randn(rank, size, generator=generator).double() for _ in range(3))
+    sizes = torch.linspace(2, 1, 5).repeat(rank // 5)[:, None]
+    b = own * b + sizes * common[:5].repeat(rank // 5, 1)
+    a = a + 3 * common[5:10].repeat(rank // 5, 1)
+    scale = torch.linspace(0.5, 1.5, rank, dtype=torch.float64)
+    sigma, total, left, right, info = raw.spectrum(
+        (b @ b.mT)[None].to(DEVICE), (a @ a.mT)[None].to(DEVICE), scale[None].to(DEVICE), 0.9, None
+    )
+    dense = b.mT @ (scale[:, None] * a)
+    values = torch.linalg.svdvals(dense)
+    squares = values.square()
+    needed = int((squares.cumsum(0) < 0.9 * squares.sum()).sum()) + 1
+    noise = SPECTRUM_TERMS * rank * EPS[torch.float64]
+    noise *= float((b.square().sum(1) * scale.square() * a.square().sum(1)).sum())
+    assert not info.any()
+    assert abs(float(total) - float(squares.sum())) <= noise
+    assert ((sigma[0, :needed].cpu().square() - squares[:needed]).abs() <= noise).all()
+    made = (b.mT @ left[0, :, :needed].cpu()) @ (right[0, :needed].cpu() @ a)
+    lost = float((dense - made).square().sum()) - float(squares[needed:].sum())
+    assert abs(lost) <= 1e-9 * float(squares.sum())

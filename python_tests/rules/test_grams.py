@@ -69,7 +69,7 @@ def test_error_of_the_stack_itself(case: tuple[str, torch.dtype]) -> None:
 
         generator = torch.Generator().manual_seed(grams.scale.shape[1])
         stacked = Stacked(ideal.terms * normal(generator, *ideal.terms.shape), owner)
-        terms = (grams.scale.square() + stacked.scale.square()) * grams.products.diagonal(
+        terms = (grams.scale.square() + stacked.scale.square()) * (grams.b * grams.a).diagonal(
             dim1=-2, dim2=-1
         )
         bound = ERROR_TERMS * grams.scale.shape[1] ** 2 * EPS[torch.float64] * terms.sum(-1)
