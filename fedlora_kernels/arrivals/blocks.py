@@ -23,11 +23,6 @@ from fedlora_kernels.gram_space.grams import Grams
 B, A = "B ", "A "
 """what the names of the blocks start with; the module's own name follows"""
 
-CACHED = 1 << 20
-"""Bytes of factors that are widened at once: they are multiplied while the cache holds them, which
-takes half the time of one long product.
-"""
-
 
 class Arrived(Round):
     """A round whose Gram matrices are put together from blocks.
@@ -118,7 +113,6 @@ def row(
         AdapterError: a factor holds NaN or Inf, or is too large to square.
     """
     new, older = Widened(), Widened()
-    room = min(room, CACHED)
     for batch in stack([client], torch.ones(1, dtype=torch.float64), device=device, gram_bytes=0):
         own = Grams(batch)
         (module,), (pair,) = batch.modules, batch.pairs
