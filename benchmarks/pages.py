@@ -41,19 +41,21 @@ def filled(page: str, folder: Path, root: str) -> str:
     """
     devices = {path.name: results.read(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     measured = {name: suites for name, suites in devices.items() if suites}
+    # A device on which peers were measured has claims and tables; the suite scale has a page.
+    compared = {name: suites for name, suites in measured.items() if set(suites) - {"scale"}}
     if not measured:
         raise ValueError(f"{folder} holds no results; run `make bench` first")
 
     def part(name: str) -> str:
         if name == "claims":
-            return "\n\n".join(map(claims, measured.values()))
+            return "\n\n".join(map(claims, compared.values()))
         if name == "tables":
             return "\n\n".join(
                 tables(
                     suites,
                     [f"{root}/{device}/figures/{path.name}" for path in drawn(folder / device)],
                 )
-                for device, suites in measured.items()
+                for device, suites in compared.items()
             )
         if name == "scale":
             return "\n\n".join(

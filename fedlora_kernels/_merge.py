@@ -12,7 +12,6 @@ A merged adapter is an adapter like any other: it can be saved, sent, and merged
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.adapters.peft_format import label
 from fedlora_kernels.rules import Rule
-from fedlora_kernels.rules.florist import FLoRIST
 
 
 class Merged(NamedTuple):
@@ -87,8 +85,8 @@ def merge(
         )
     if not 0 <= rtol < 1:
         raise ValueError(f"rtol must lie in [0, 1), found {rtol}")
-    if isinstance(merging, FLoRIST):
-        merging = replace(merging, energy=1 - rtol**2)
+    if "energy" in merging.options():
+        merging = rules.make(merging.name, **{**merging.given, "energy": 1 - rtol**2})
     elif rtol:
         raise ValueError(f"rtol must be 0 for rule {chosen.name!r}, which averages: found {rtol}")
     round_ = Round(

@@ -32,7 +32,6 @@ def mapped(factors: Mapping[str, Factors], folder: str | Path | None) -> dict[st
         },
         folder,
     )
-    _trimmed()
     return {
         module: replace(pair, b=tensors[f"B {module}"], a=tensors[f"A {module}"])
         for module, pair in factors.items()
@@ -48,6 +47,8 @@ def mapped_tensors(tensors: Mapping[str, Tensor], folder: str | Path | None) -> 
     with TemporaryDirectory(prefix=".fedlora-", dir=folder) as made:
         save_file(copies, Path(made) / "tensors.safetensors")
         found: dict[str, Tensor] = load_file(Path(made) / "tensors.safetensors")
+    copies.clear()
+    _trimmed()
     return found
 
 

@@ -294,7 +294,7 @@ def stack(
 
 def gram_bytes_on(device: torch.device) -> int:
     """What the matrices G_B of one batch may take on a device, if nobody says."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return GRAM_BYTES
     return share_of(torch.cuda.get_device_properties(device).total_memory)
 

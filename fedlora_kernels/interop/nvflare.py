@@ -79,7 +79,7 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
             again goes on.
         memory_limit: bytes of memory for the matrices and results of the modules that are worked on
             together. Every site's result is then written to an unnamed file when it arrives, and
-            mapped, so that memory does not grow with the sites. The aggregate has the same bits
+            mapped; of all sites one module at a time is worked on. The aggregate has the same bits
             with every limit. No limit when None.
         scratch: folder of the server for those files; the system's temporary folder when None.
         robust: a robust rule of ``flk.robust``, or the name of one, that weighs the sites: see
