@@ -324,8 +324,8 @@ def round_of(sites, modules):
 
 @pytest.mark.parametrize("rule", ["fedit", "florist"])
 def test_memory_does_not_grow_with_the_sites(rule):
-    """Anonymous memory of a round: 40 sites of 2 MiB take no more than 4 of them, the limit, and one
-    module of all sites in float64, which is worked on however large it is.
+    """Anonymous memory of a round: 40 sites of 2 MiB take no more than 4 of them, the limit, and
+    one module of all sites in float64, which is worked on however large it is.
     """
     one = 16 * 2 * 4096 * 4 * 4
     module = 40 * 2 * 4096 * 4 * 8
