@@ -603,7 +603,6 @@ def test_live_vera_model(llama: torch.nn.Module) -> None:
 
 
 REFUSED = {
-    "dora": ({"use_dora": True}, "DoRA"),
     "pissa": ({"init_lora_weights": "pissa"}, "pissa"),
     "olora": ({"init_lora_weights": "olora"}, "olora"),
 }

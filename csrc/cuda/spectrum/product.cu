@@ -86,7 +86,7 @@ class Slices {
 __global__ void __launch_bounds__(kThreads) product(Product p) {
   const int64_t module = blockIdx.x;
   if (p.solved != nullptr && p.solved[module] != 0) return;
-  const int rows = extent(p.kept_rows, module, p.rows);
+  int rows = extent(p.kept_rows, module, p.rows);
   const int columns = extent(p.kept_columns, module, p.columns);
   const int depth = extent(p.kept_depth, module, p.depth);
   const int top = static_cast<int>(blockIdx.y) * kTile;
@@ -95,6 +95,8 @@ __global__ void __launch_bounds__(kThreads) product(Product p) {
   const double* b = p.b.data + module * p.b.module;
   double* c = p.c.data + module * p.c.module;
   const int64_t offset = module * p.factor_stride;
+  // Singular values descend: from the first zero on there is nothing to divide by.
+  if (p.inverse_squares && top < rows && !(p.row_factor[offset + top] > 0)) rows = 0;
   double* slice_a = shared_memory<double>();
   double* slice_b = slice_a + kDepth * kRow;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -104,9 +106,7 @@ __global__ void __launch_bounds__(kThreads) product(Product p) {
   const int own_column = warp % kAcross * kWarpColumns;
 
   double sums[kTiles][4] = {};
-  // Singular values descend: from the first zero on there is nothing to divide by.
-  const bool zero = p.inverse_squares && top < rows && !(p.row_factor[offset + top] > 0);
-  if (top < rows && left < columns && !zero) {
+  if (top < rows && left < columns) {
     Slices of_a(slice_a, a, p.a.row, p.a.column, top, rows, depth, nullptr);
     Slices of_b(slice_b, b, p.b.column, p.b.row, left, columns, depth,
                 p.depth_factor == nullptr ? nullptr : p.depth_factor + offset);
