@@ -37,8 +37,8 @@ struct Applied {
   std::function<void(int64_t count, const double* block, double* image)> apply;
 };
 
-// The same from products alone, in a space of n / 16 dimensions; false where the trace has certified
-// nothing by then.
+// The same from products alone, in a space of n / 16 dimensions; false where the trace has
+// certified nothing by then.
 bool leading_eigenpairs(const Applied& m, double wanted, int64_t cap, Eigenpairs& found);
 
 // m: [n, n], both triangles, destroyed. wanted: sum of eigenvalues after which no more are needed;

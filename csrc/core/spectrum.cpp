@@ -13,12 +13,11 @@ namespace fedlora {
 namespace {
 
 constexpr double kPlainCholesky = 1e4;  // times R eps: pivots that need no pivoting
-constexpr int64_t kUnformed = 1024;   // from this rank on M is applied before it is formed
+constexpr int64_t kUnformed = 1024;     // from this rank on M is applied before it is formed
 constexpr double kKnown = 1e-6;  // share of the terms that clients leave: the sum has nine digits
 
 // <D G_B D, G_A>: the trace of M.
-double squared_norm(int64_t rank, const double* gram_b, const double* gram_a,
-                    const double* scale) {
+double squared_norm(int64_t rank, const double* gram_b, const double* gram_a, const double* scale) {
   double diagonal = 0;
   double beside = 0;
   for (int64_t i = 0; i < rank; ++i) {
@@ -166,8 +165,8 @@ void Spectrum::apply(const double* gram_b, int64_t count, const double* block,
       pivoted[c * rank + i] = inverse_[pivot_[i]] * product[c * rank + pivot_[i]];
     }
   }
-  lapack::gemm(true, false, kept_, count, rank, 1, lower_.get(), rank, pivoted.get(), rank, 0, image,
-               kept_);
+  lapack::gemm(true, false, kept_, count, rank, 1, lower_.get(), rank, pivoted.get(), rank, 0,
+               image, kept_);
 }
 
 void Spectrum::left(int64_t p, double* x) const {
