@@ -34,7 +34,7 @@ from fedlora_kernels.adapters.peft_format import label
 from fedlora_kernels.adapters.scratch import mapped
 from fedlora_kernels.gram_space.batches import Batch, stack
 from fedlora_kernels.gram_space.grams import Grams
-from fedlora_kernels.gram_space.updates import Updates, products
+from fedlora_kernels.gram_space.updates import Updates, of_modules, products
 from fedlora_kernels.gram_space.wide import Wide
 from fedlora_kernels.ops import checks
 from fedlora_kernels.robust import Robust, Weighing
@@ -248,15 +248,11 @@ class Round:
         """Module -> <dW_j, dW_k> of the clients' updates of this module, [K,K] float64 on the CPU;
         0 where a client lacks the module. In a group, of all processes' modules.
         """
-        count, found = len(self.clients), {}
+        found: dict[str, torch.Tensor] = {}
         with self._processes.alike():
             for grams in self.read():
-                present = torch.tensor(grams.batch.clients)
-                of_each = grams.client_products.cpu()
-                for module, of_one in zip(grams.modules, of_each, strict=True):
-                    whole = torch.zeros(count, count, dtype=torch.float64)
-                    whole[present[:, None], present[None, :]] = of_one
-                    found[module] = whole
+                of_each = of_modules(grams, len(self.clients))
+                found.update(zip(grams.modules, (x.clone() for x in of_each), strict=True))
         every = {name: x for part in self._processes.everywhere(found) for name, x in part.items()}
         return dict(sorted(every.items()))
 

@@ -28,6 +28,15 @@ ROUNDING = 256 * torch.finfo(torch.float64).eps
 """d_jk^2 at or under this share of G_jj + G_kk counts as 0: 2.4e-7 of the norms."""
 
 
+def of_modules(grams: Grams, clients: int) -> Tensor:
+    """<dW_j, dW_k> of each module, [L,K,K] on the CPU; 0 where a client lacks the modules."""
+    present = torch.tensor(grams.batch.clients)
+    found = grams.client_products.cpu()
+    whole = found.new_zeros(len(found), clients, clients)
+    whole[:, present[:, None], present[None, :]] = found
+    return whole
+
+
 def products(every: Iterable[Grams], clients: int) -> ExactSum:
     """G [K,K], summed over the modules of these batches; the same bits in any order.
 
@@ -36,11 +45,7 @@ def products(every: Iterable[Grams], clients: int) -> ExactSum:
     """
     total = ExactSum(torch.zeros(clients, clients, dtype=torch.float64))
     for grams in every:
-        present = torch.tensor(grams.batch.clients)
-        found = grams.client_products.cpu()
-        whole = found.new_zeros(len(found), clients, clients)
-        whole[:, present[:, None], present[None, :]] = found
-        total += ExactSum(whole).over()
+        total += ExactSum(of_modules(grams, clients)).over()
     return total
 
 
