@@ -307,12 +307,14 @@ class Exchange:
                 tensors.setdefault(key, tensor)
         if reason := difference(tensors, whole, free_rank=free):
             raise AdapterError(reason)
-        if self.rule.trains == "b" and base:
-            for key, tensor in base.items():
-                factor = keys.factor(key)
-                same = tensors[key].shape == tensor.shape and torch.equal(tensors[key], tensor)
-                if factor and factor.side == "A" and not same:
-                    raise AdapterError(f"{key} differs from what it was sent; only B is trained")
+        fixed = {"a": "B", "b": "A"}.get(self.trains)
+        for key, tensor in self._started.get(client, {}).items():
+            factor = keys.factor(key)
+            if factor is None or factor.side != fixed:
+                continue
+            if tensors[key].shape != tensor.shape or not torch.equal(tensors[key], tensor):
+                only = self.trains.upper()
+                raise AdapterError(f"{key} differs from what it was sent; only {only} is trained")
         who = label_of(client)
         try:
             return Adapter.from_state_dict(tensors, config or _assumed(tensors), name=who)
