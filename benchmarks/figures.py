@@ -207,7 +207,7 @@ def floors(suites: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes.margins(y=0.02)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
-    axes.set_xlabel("share of the floor (logarithmic; above 100 % the inputs were in cache)")
+    axes.set_xlabel("share of the floor (logarithmic)")
     axes.axvline(100, color=INK, linewidth=1)
     for label, color, marker, fill in (
         ("exact (spectrum: energy 0.9; combine: float64; weighted_sum: stacked)", BLUE, "o", BLUE),

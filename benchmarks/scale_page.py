@@ -20,8 +20,8 @@ def tables(found: Document) -> str:
         f"{found['clients']:,} clients, {found['case']}: {_bytes(found['file_bytes'])} of files, "
         f"R = {found['stacked_rank']:,}, `memory_limit` {_bytes(found['memory_limit'])}.",
         "\n".join(_many(found["many"])),
-        "The first clients of them through a `Stream`, with the rule's result once more by "
-        "`aggregate`:",
+        f"The first {found['arriving']:,} of them through a `Stream`, with the rule's result once "
+        "more by `aggregate`:",
         "\n".join(_arrivals(found["arrivals"])),
         "FedIT's report of one module of 2048 x 2048 at R = 1600 takes "
         f"{duration(found['report']['report_seconds'])}; all singular values from the R x R "

@@ -76,7 +76,7 @@ class Aggregation:
 
     @property
     def residual(self) -> Adapter | None:
-        """What the clients merge into the base beside the adapter (FedEx)."""
+        """What the clients merge into the base beside the adapter, of a rule with a residual."""
         return self.delivery.residual
 
     @cached_property
@@ -163,7 +163,8 @@ class Aggregation:
 
     def save(self, path: str | Path) -> None:
         """Write the global adapter as a PEFT folder, with report.json beside it, residual/ for
-        FedEx and clients/K/ where clients receive different adapters; all in one step.
+        a rule that has one, and clients/K/ where clients receive different adapters; all in one
+        step.
 
         Raises:
             FileExistsError: the path is a file, or a non-empty folder that is no adapter.

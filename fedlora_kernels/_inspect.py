@@ -5,7 +5,7 @@
     found.similarity                                            cosines between clients' updates
     found.outliers                                              who is far from the others
 
-The ideal aggregate is dW = sum_k w_k s_k B_k A_k. Nothing of the size of a weight is formed.
+The ideal aggregate is dW = sum_k w_k s_k B_k A_k.
 """
 
 import math
@@ -23,6 +23,7 @@ from fedlora_kernels.adapters.kinds import dora
 from fedlora_kernels.gram_space.batches import stack
 from fedlora_kernels.gram_space.grams import Grams
 from fedlora_kernels.gram_space.updates import Updates, products
+from fedlora_kernels.gram_space.wide import grams_of
 from fedlora_kernels.ops._spectrum import negligible
 
 ENERGIES = (0.8, 0.9, 0.95, 0.99)
@@ -134,7 +135,7 @@ class Inspection:
     energies: tuple[float, ...]
     modules: Mapping[str, ModuleSpectrum]
     similarity: tuple[tuple[float, ...], ...]
-    """<dW_j, dW_k> / (||dW_j|| ||dW_k||) of the clients' own updates over all modules, [K,K];
+    """``<dW_j, dW_k> / (||dW_j|| ||dW_k||)`` of the clients' own updates over all modules, [K,K];
     NaN where a client's update is zero"""
     outliers: tuple[Standing, ...]
     """of every client; empty where no client's update is known"""
@@ -169,7 +170,7 @@ def inspect(
         ValueError: an energy is outside (0, 1].
     """
     shares = agreement.normalized(weights, adapters)
-    return inspection(adapters, shares, map(Grams, stack(adapters, shares)), energies)
+    return inspection(adapters, shares, map(grams_of, stack(adapters, shares)), energies)
 
 
 def inspection(

@@ -31,6 +31,7 @@ class Merged(NamedTuple):
     """One client of the next level."""
 
     adapter: Adapter
+    """what stands for the merged clients; saved and sent as any other"""
     weight: float
     """the sum of the merged clients' weights"""
 
@@ -68,6 +69,9 @@ def merge(
         memory_limit: see :class:`Round`.
         scratch: see :class:`Round`.
         **options: of a rule given by name.
+
+    Returns:
+        The adapter and its weight: what :func:`aggregate` or another ``merge`` takes.
 
     Raises:
         AdapterError: as :func:`aggregate`; or a client lacks a module that others have, whose mean

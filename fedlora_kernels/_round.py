@@ -35,7 +35,7 @@ from fedlora_kernels.adapters.scratch import mapped
 from fedlora_kernels.gram_space.batches import Batch, stack
 from fedlora_kernels.gram_space.grams import Grams
 from fedlora_kernels.gram_space.updates import Updates, of_modules, products
-from fedlora_kernels.gram_space.wide import Wide
+from fedlora_kernels.gram_space.wide import grams_of
 from fedlora_kernels.ops import checks
 from fedlora_kernels.robust import Robust, Weighing
 from fedlora_kernels.rules import Rule
@@ -245,8 +245,8 @@ class Round:
         return Updates.summed(self._processes.everywhere(own), self._labels)
 
     def client_products(self) -> dict[str, torch.Tensor]:
-        """Module -> <dW_j, dW_k> of the clients' updates of this module, [K,K] float64 on the CPU;
-        0 where a client lacks the module. In a group, of all processes' modules.
+        """Module -> ``<dW_j, dW_k>`` of the clients' updates of this module, [K,K] float64 on the
+        CPU; 0 where a client lacks the module. In a group, of all processes' modules.
         """
         found: dict[str, torch.Tensor] = {}
         with self._processes.alike():
@@ -366,4 +366,4 @@ class Round:
 
     def _of(self, batch: Batch) -> Grams:
         """A batch's matrices, from its factors."""
-        return (Wide if batch.wide else Grams)(batch, self._precision)
+        return grams_of(batch, self._precision)

@@ -63,6 +63,7 @@ class Stream:
         heads: what becomes of the tensors beside the factors, "average" or "local"; None is the
             rule's own way, see :meth:`Round.aggregate`. Only heads that are averaged must agree.
         device: where the work is done; where the adapters are when None.
+        same_base: see :class:`Round`.
         magnitudes: "average" admits DoRA, see :class:`Round`; None refuses it.
         robust: a robust rule of ``flk.robust``, or the name of one, that weighs the clients that
             came before each result, see :meth:`Round.weighed`. It needs the clients, so not with a
@@ -87,6 +88,7 @@ class Stream:
         absent: str = "zero",
         heads: str | None = None,
         device: torch.device | str | None = None,
+        same_base: bool = False,
         magnitudes: str | None = None,
         robust: str | Robust | None = None,
         **options: Any,
@@ -113,6 +115,7 @@ class Stream:
         self._state = Path(state).resolve()
         self._memory_limit, self._copy = memory_limit, copy
         self._absent, self._device, self._magnitudes = absent, device, magnitudes
+        self._same_base = same_base
         self._room = max(1, memory_limit // SHARES)
         settings = {
             "rule": repr(self.rule),
@@ -223,6 +226,7 @@ class Stream:
             scratch=self._state,
             absent=self._absent,
             device=self._device,
+            same_base=self._same_base,
             magnitudes=self._magnitudes,
         ).aggregate(self.rule, robust=self.robust, **settings)
 
@@ -238,7 +242,7 @@ class Stream:
         if before is not None:
             pair.insert(0, before.named(_BEFORE))
         try:
-            agreement.check(pair)
+            agreement.check(pair, same_base=self._same_base)
             dora.check(pair, self._magnitudes, renormalizes=self._absent == "renormalize")
             if self._heads == "average":
                 extras.check(pair)

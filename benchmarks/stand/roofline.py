@@ -4,7 +4,8 @@
 
 Bytes count each input once and each output once. Flops count the cheapest way that is known: a
 symmetric product once (R^2 d per Gram matrix), LAPACK's counts for factorizations (LAPACK Working
-Note 41). A share above 1 means that the inputs were still in a cache.
+Note 41). A share above 1 says that a rate, measured on another shape, was exceeded: inputs were
+still in a cache, or a product ran faster than the GEMM that was timed.
 """
 
 from collections.abc import Callable

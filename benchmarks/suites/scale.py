@@ -299,6 +299,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         "case": str(case),
         "clients": case.clients,
         "stacked_rank": case.stacked_rank,
+        "arriving": len(some),
         "file_bytes": clients.folder_bytes(case),
         "memory_limit": MEMORY_LIMIT,
         "many": many,

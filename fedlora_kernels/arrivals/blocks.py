@@ -31,7 +31,7 @@ class Arrived(Round):
         adapters: the K clients, in the order in which they came.
         weights: their weights.
         blocks: the folders of their block rows.
-        memory_limit, scratch, absent, device, magnitudes: see :class:`Round`.
+        memory_limit, scratch, absent, device, same_base, magnitudes: see :class:`Round`.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Arrived(Round):
         scratch: Path,
         absent: str,
         device: torch.device | str | None,
+        same_base: bool,
         magnitudes: str | None,
     ) -> None:
         self._folders = blocks
@@ -52,6 +53,7 @@ class Arrived(Round):
             weights=weights,
             absent=absent,
             device=device,
+            same_base=same_base,
             memory_limit=memory_limit,
             scratch=scratch,
             magnitudes=magnitudes,

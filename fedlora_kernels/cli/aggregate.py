@@ -196,7 +196,7 @@ def aggregate(
             )
     if not processes.first:
         return
-    with screen.working(f"Writing {out}"):
+    with screen.working(f"Writing {out}"), bad_input():  # the report takes a pass of its own
         _save(result, out)
     seconds = time.perf_counter() - start
 

@@ -195,7 +195,7 @@ class Solution:
 
     adapter: Coefficients
     residual: Product | None = None
-    """what the clients merge into the base beside the adapter (FedEx)"""
+    """what the clients merge into the base beside the adapter, of a rule with a residual"""
     kept: Product | None = None
     """what the server keeps for the next round, where the rule has memory of that kind"""
     sweep: Mapping[float, Tensor] = field(default_factory=dict)

@@ -21,7 +21,7 @@ class ModuleReport:
     """One module."""
 
     rank: int
-    """rank of what travels (FedEx: averages and residual together)"""
+    """rank of what travels (of the adapter and its residual together, where a rule has one)"""
     energy: float
     """captured share of ||dW||^2: 1 - relative_error^2"""
     relative_error: float

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import ops
+from fedlora_kernels.gram_space.batches import Batch
 from fedlora_kernels.gram_space.grams import Grams, Spectrum
 from fedlora_kernels.gram_space.leading import leading_eigenpairs
 from fedlora_kernels.ops._spectrum import negligible
@@ -144,6 +145,11 @@ class Wide(Grams):
     def noise(self) -> Tensor:
         """What rounding leaves of ||dW||^2 where the clients cancel: [1] float64."""
         return negligible(self.stacked_rank) * self._accumulated[1][None]
+
+
+def grams_of(batch: Batch, precision: str = "exact") -> Grams:
+    """A batch's matrices, or what stands for them where the dense update is less work."""
+    return (Wide if batch.wide else Grams)(batch, precision)
 
 
 class OfUpdate(Spectrum):

@@ -92,7 +92,7 @@ def errors(rules: Mapping[str, Rounds]) -> str:
         if not all(map(math.isnan, averaging)):
             axes.plot(numbers, averaging, color=GRAY, linewidth=1.2)
             if rule == compared:
-                note(axes, numbers[-1], 0.55 * top, "gray: averaging", end=True)
+                note(axes, numbers[-1], 0.75 * top, "gray: averaging", end=True)
         if place == 0:
             note(axes, numbers[0], 0, "dotted: SVD floor")
         axes.fill_between(numbers, floor, error, color=ink, alpha=0.12, linewidth=0)

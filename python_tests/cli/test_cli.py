@@ -533,6 +533,10 @@ BAD = {
     "broken-weights": (["broken/weights", "--out", "g"], "broken/weights: adapter_model.safet"),
     "nan-factors": (["a", "broken/nan", "--out", "g"], "broken/nan, module model.layers.0"),
     "dora": (["broken/dora", "--out", "g"], "broken/dora: use_dora is set"),
+    "too-large-to-square": (
+        ["broken/huge", "--out", "g", "--rule", "fedit"],
+        "client 0 (broken/huge), module model.layers.0.mlp.down_proj: B holds NaN, Inf or number",
+    ),
     "one-client-twice": (["a", "a", "--out", "g"], "client 1 (a) is the same folder as client 0"),
     "ranks-differ": (["a", "b", "--out", "g", "--rule", "fedit"], "client 1 (b), module model.lay"),
     "a-differs": (["b", "d", "--out", "g", "--rule", "ffa"], "client 1 (d), module model.layers"),
@@ -566,7 +570,9 @@ def _crowded(here, made):
     poisoned = {
         key: tensor.index_fill(0, torch.tensor([1]), torch.nan) for key, tensor in state.items()
     }
+    huge = {key: tensor.double() * 1e200 for key, tensor in state.items()}
     broken = {
+        "huge": (json.dumps(config), huge),
         "json": ("{", state),
         "weights": (json.dumps(config), None),
         "nan": (json.dumps(config), poisoned),

@@ -47,6 +47,7 @@ HETEROGENEOUS = {
     "common-start": [lora(1, 3, start=9), lora(2, 3, start=9), lora(3, 3, start=9)],
     "one-client": [lora(1, 3)],
     "wider-than-the-module": [lora(seed, 5) for seed in range(4)],
+    "from-the-dense-update": [lora(seed, 40) for seed in range(13)],
 }
 
 
@@ -56,7 +57,7 @@ def _clients(request):
 
 
 def test_spectra_are_those_of_the_dense_aggregate(clients):
-    weights = [3.0, 1.0, 2.0, 2.0][: len(clients)]
+    weights = [1.0 + k % 3 for k in range(len(clients))]
     found = inspect(clients, weights=weights)
     every = {module for client in clients for module in client.factors}
     assert set(found.modules) == every

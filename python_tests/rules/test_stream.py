@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,22 @@ def test_a_stranger_is_refused_and_changes_nothing(rule: str, tmp_path: Path) ->
     assert len(stream) == 3
     after = flk.Stream(rule, state=state).result().adapter.factors.values()
     assert torch.equal(kept, torch.cat([pair.b.flatten() for pair in after]))
+
+
+@pytest.mark.parametrize("rule", ["fedit", "florist"])
+def test_base_models_of_two_names(rule: str, tmp_path: Path) -> None:
+    """The error's advice works, and gives what aggregate gives."""
+    drawn = draw()
+    adapters = []
+    for own, name in zip(drawn.adapters, ("a/one", "b/two", "c/three"), strict=True):
+        config = {**own.config, "base_model_name_or_path": name}
+        adapters.append(flk.Adapter.from_state_dict(own.state_dict(), config))
+    drawn = replace(drawn, adapters=tuple(adapters))
+    with pytest.raises(flk.AdapterError, match=r"client 1 \(1\): .*same_base=True"):
+        streamed(tmp_path / "refused", drawn, rule)
+    stream = streamed(tmp_path / "s", drawn, rule, same_base=True)
+    expected = drawn.aggregate(rule, same_base=True)
+    assert_same(stream.result(), expected, drawn)
 
 
 def test_another_a_is_refused_by_a_rule_with_one(tmp_path: Path) -> None:

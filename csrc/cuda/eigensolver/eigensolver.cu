@@ -1,7 +1,7 @@
 // Formula and choice of solver: eigensolver.h.
 //
 // Layout     matrices column-major, column c of module l at (l R + c) R; everything float64.
-// Shared     G [n, n], diagonal, partial sums (R <= 167 of 227 KB); G stays in global memory (L2)
+// Shared     G [n, n], diagonal, partial sums (R <= 168 of 227 KB); G stays in global memory (L2)
 //            where it does not fit.
 // Scaling    M is divided by a power of four near max(trace, terms): squares of inner products
 //            neither overflow nor vanish, and square roots are exact to undo.
