@@ -7,6 +7,10 @@
 // numbers of L are read in all, n = 128 in shared memory: 8 MB at 128 bytes a clock, 33 us.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
 #include "device.cuh"
 
 namespace fedlora::cuda {
@@ -39,6 +43,17 @@ __device__ inline int warp_argmax(int n, const double* values) {
 __host__ __device__ inline int cholesky_parts(int n, int threads) {
   const int rows = (n + 31) / 32 * 32;
   return threads > rows ? threads / rows : 1;
+}
+
+constexpr int kFactorThreads = 512;
+
+// Bytes of shared memory for so many vectors of n numbers, the partial sums and, if `whole`,
+// L [n, n].
+inline size_t factor_shared(int64_t n, int vectors, bool whole) {
+  const auto size = static_cast<size_t>(n);
+  const size_t partial = std::max<size_t>(kFactorThreads, (size + 31) / 32 * 32);
+  const size_t factor = whole ? size * size : 0;
+  return (factor + static_cast<size_t>(vectors) * size + partial) * sizeof(double);
 }
 
 // Columns of L to l (column-major, leading dimension ld) until no diagonal entry exceeds

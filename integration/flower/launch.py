@@ -51,7 +51,7 @@ def run(
     of its machine. Raises SettingsError without the package, RunError where the run failed.
     """
     if find_spec("flwr") is None:
-        raise SettingsError("engine flower needs Flower: pip install 'flwr[simulation]==1.41.*'")
+        raise SettingsError("engine flower needs Flower: pip install 'fedlora_kernels[flower]'")
     home = out.resolve() / "flower"
     home.mkdir(parents=True, exist_ok=True)
     environment = _environment(home)

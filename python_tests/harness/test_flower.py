@@ -17,7 +17,7 @@ from integration.rounds.engine import LocalEngine
 from integration.rounds.rule import choose
 from integration.settings import PRESETS, from_values
 
-pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")
+pytest.importorskip("flwr", reason="needs Flower: the extra flower")
 
 from flwr.app import RecordDict
 from nodes import Nodes, lines, on, take, tiny

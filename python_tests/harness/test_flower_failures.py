@@ -10,7 +10,7 @@ import fedlora_kernels as flk
 from integration.rounds.federation import Federation
 from integration.rounds.server import Server
 
-pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")
+pytest.importorskip("flwr", reason="needs Flower: the extra flower")
 
 from flwr.app import Context, Error, Message, RecordDict
 from nodes import Nodes, on, take, tiny

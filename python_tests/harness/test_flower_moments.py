@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")
+pytest.importorskip("flwr", reason="needs Flower: the extra flower")
 
 from integration.flower.moments import read_moments, write_moments
 

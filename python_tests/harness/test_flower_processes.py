@@ -14,7 +14,7 @@ from integration.__main__ import main
 from integration.flower import launch
 from integration.settings import from_preset
 
-pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]==1.41.*'")
+pytest.importorskip("flwr", reason="needs Flower: the extra flower")
 
 SMALL = {
     "clients": 2,

@@ -110,7 +110,7 @@ def assert_near(folder, expected):
 )
 def test_flower(where, tmp_path, monkeypatch):
     """The nodes' order is Flower's, so sums may be rounded differently."""
-    pytest.importorskip("flwr", reason="needs Flower: pip install 'flwr[simulation]>=1.41'")
+    pytest.importorskip("flwr", reason="needs Flower: the extra flower")
     from flower_processes import deploy
     from flower_processes import run as flwr_run
 

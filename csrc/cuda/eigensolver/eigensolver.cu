@@ -19,8 +19,6 @@ namespace fedlora::cuda {
 namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
-constexpr double kShift = 4;  // rounding of M was seen to reach 0.4 R eps of the larger of both
-constexpr int kFactorThreads = 512;
 constexpr int kLeastExponent = -1020;  // 2^1020 is still finite
 
 // Up to which rank Jacobi is used where the vendor's solver could be. Predicted for 224 modules at
@@ -51,13 +49,6 @@ ShiftedFactor shifted_in(const Eigenproblem& problem) {
 size_t state_bytes(int64_t modules) {
   const size_t bytes = static_cast<size_t>(modules) * (sizeof(double) + 2 * sizeof(int));
   return (bytes + 255) / 256 * 256;
-}
-
-size_t factor_shared(int64_t rank, bool whole) {
-  const size_t rows = (static_cast<size_t>(rank) + 31) / 32 * 32;
-  const size_t partial = std::max<size_t>(kFactorThreads, rows);
-  const size_t factor = whole ? static_cast<size_t>(rank * rank) : 0;
-  return (factor + static_cast<size_t>(rank) + partial) * sizeof(double);
 }
 
 // Trace, scale and shift of one module's M, the same in every thread; false where M is not finite.
@@ -208,9 +199,9 @@ void solve_eigenproblem(const Eigenproblem& problem, Stream stream) {
   const int64_t rank = problem.rank;
   const Eigensolver solver = eigensolver_of(rank, is_captured(stream));
   if (solver.blocks == 0) return solve_by_vendor(problem, stream);
-  const bool whole = factor_shared(rank, true) <= device().shared_per_block;
+  const bool whole = factor_shared(rank, 1, true) <= device().shared_per_block;
   launch(factor_shifted, dim3(static_cast<unsigned>(problem.modules)), kFactorThreads,
-         factor_shared(rank, whole), stream, problem, shifted_in(problem), whole);
+         factor_shared(rank, 1, whole), stream, problem, shifted_in(problem), whole);
   rotate_columns(problem, shifted_in(problem), solver.blocks, stream);
 }
 

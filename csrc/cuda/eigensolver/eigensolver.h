@@ -1,6 +1,6 @@
 // The square roots of a batch of positive semidefinite matrices' eigenvalues, and eigenvectors.
 //
-//   M + t I = G G^T          pivoted Cholesky; the shift t = 4 max(R eps, noise) max(trace, size)
+//   M + t I = G G^T          pivoted Cholesky; t = kShift max(R eps, noise) max(trace, size)
 //   G V = W (S^2 + t)^1/2    one-sided Jacobi, without accumulating V
 //
 // Rounding, and float32 sums, leave M indefinite by a small share of its trace or of the terms that
@@ -18,6 +18,9 @@
 #include "cuda/device.cuh"
 
 namespace fedlora::cuda {
+
+// Rounding of M was seen to reach 0.4 R eps of the larger of trace and size.
+constexpr double kShift = 4;
 
 struct Eigenproblem {
   int64_t modules;

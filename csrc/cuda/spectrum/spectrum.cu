@@ -1,4 +1,4 @@
-// Formula: spectrum.h. Where a part of the spectrum is enough, leading.h is tried first; then nine
+// Formula: spectrum.h. Where a part of the spectrum is enough, leading.h is tried first; then eight
 // launches for the modules that it left, nothing comes back to the host (but see vendor.h):
 //
 //   factor           equilibrate, L of T D G_A D T           one block a module
@@ -27,7 +27,6 @@ namespace fedlora::cuda {
 namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
-constexpr int kFactorThreads = 512;
 
 // Scratch memory of one call, in one piece.
 struct Scratch {
@@ -75,13 +74,6 @@ struct Factoring {
   const int* solved;  // [L] what to leave alone, or null
   Scratch scratch;
 };
-
-size_t factor_shared(int64_t rank, bool whole) {
-  const size_t rows = (static_cast<size_t>(rank) + 31) / 32 * 32;
-  const size_t partial = std::max<size_t>(kFactorThreads, rows);
-  const size_t factor = whole ? static_cast<size_t>(rank * rank) : 0;
-  return (factor + 2 * static_cast<size_t>(rank) + partial) * sizeof(double);
-}
 
 __device__ inline double root_of(double square) { return sqrt(fmax(square, 0.0)); }
 
@@ -175,8 +167,8 @@ void spectrum(int64_t modules, int64_t rank, const double* gram_b, const double*
             {scratch.core, scratch.lower}, stream);
     solved = scratch.solved;
   }
-  const bool whole = factor_shared(rank, true) <= device().shared_per_block;
-  launch(factor, dim3(blocks), kFactorThreads, factor_shared(rank, whole), stream,
+  const bool whole = factor_shared(rank, 2, true) <= device().shared_per_block;
+  launch(factor, dim3(blocks), kFactorThreads, factor_shared(rank, 2, whole), stream,
          Factoring{r, gram_b, gram_a, scale, options.noise, whole, solved, scratch});
 
   // H lies in left until left itself is known, G of the eigensolver in right.
