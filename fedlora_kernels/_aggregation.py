@@ -436,6 +436,11 @@ def _notes(clients: Sequence[Adapter], rule: Rule) -> Iterator[str]:
     """What a report says of the clients' adapters."""
     if dora.used(clients):
         yield dora.NOTE
+    if clients[0].vera and clients[0].factors:
+        yield (
+            "VeRA: PEFT cuts the projection to each module's input width, which the file does not "
+            "tell; norms and errors count its full width, and are too large for narrower modules"
+        )
     if rule.after == "merge":
         for index, client in enumerate(clients):
             if client.quantized is not None:

@@ -45,6 +45,8 @@ def merge(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     same_base: bool = False,
+    magnitudes: str | None = None,
+    absent: str = "zero",
     memory_limit: int | None = None,
     scratch: str | Path | None = None,
     **options: Any,
@@ -66,6 +68,8 @@ def merge(
         dtype: of the merged factors; the clients' own, and float32 at least, when None.
         device: see :class:`Round`.
         same_base: see :class:`Round`.
+        magnitudes: see :class:`Round`.
+        absent: that of the root. With "renormalize" every client must have every module.
         memory_limit: see :class:`Round`.
         scratch: see :class:`Round`.
         **options: of a rule given by name.
@@ -99,10 +103,11 @@ def merge(
         weights=weights,
         device=device,
         same_base=same_base,
+        magnitudes=magnitudes,
         memory_limit=memory_limit,
         scratch=scratch,
     )
-    if chosen.of_holders:
+    if chosen.of_holders or absent == "renormalize":
         _refuse_absent(round_.clients, chosen)
     result = round_.aggregate(merging, dtype=dtype or _dtype(round_.clients), heads=chosen.heads)
     total = len(round_.clients) if weights is None else sum(map(float, weights))
@@ -120,6 +125,6 @@ def _refuse_absent(clients: Sequence[Adapter], rule: Rule) -> None:
     for index, modules in agreement.absent(clients).items():
         raise AdapterError(
             f"{label(index, clients[index].name)}, module {modules[0]}: is missing, which others "
-            f"have; {rule.name} averages over the clients that have it, which the one weight of a "
-            "merged client cannot tell: merge clients with the same modules"
+            "have; its mean is over the clients that have it, which the one weight of a merged "
+            "client cannot tell: merge clients with the same modules"
         )

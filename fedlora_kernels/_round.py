@@ -241,8 +241,17 @@ class Round:
             AdapterError: as :attr:`Grams.matrices` does, or a squared norm overflows float64.
         """
         with self._processes.alike():
-            own = products(self.read(), len(self.clients))
+            own = products(self._exactly(), len(self.clients))
         return Updates.summed(self._processes.everywhere(own), self._labels)
+
+    def _exactly(self) -> Iterator[Grams]:
+        """The batches by float64 sums: a distance is a small difference of large Gram entries."""
+        if self._precision == "exact":
+            yield from self.read()
+            return
+        for grams in self.grams:
+            yield grams_of(grams.batch)
+            grams.batch.forget()
 
     def client_products(self) -> dict[str, torch.Tensor]:
         """Module -> ``<dW_j, dW_k>`` of the clients' updates of this module, [K,K] float64 on the
@@ -261,7 +270,9 @@ class Round:
 
         The Gram matrices that this round keeps serve the other one, too. An aggregation rule that
         computes Gram matrices has the inner products for nothing; one that only averages, or joins
-        a carried adapter to the clients, takes one more pass over the adapters.
+        a carried adapter to the clients, takes one more pass over the adapters, and so does every
+        one with ``precision="fast"``. What clients send beside their updates (heads, biases, the
+        magnitudes of DoRA) is not looked at.
 
         Args:
             robust: a robust rule (``flk.robust.Krum(attackers=2)``) or the name of one.
@@ -285,8 +296,9 @@ class Round:
                 )
         names = [client.name or who for who, client in zip(self._labels, self.clients, strict=True)]
         weighing = chosen.weigh(self.updates, self.weights, names)
-        for grams in self.grams:
-            grams.batch.refuse_changes()
+        with self._processes.alike():
+            for grams in self.grams:
+                grams.batch.refuse_changes()
         made = copy(self)
         made.__dict__.pop("updates")
         made.weighing = weighing

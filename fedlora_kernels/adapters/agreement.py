@@ -40,11 +40,24 @@ def check(adapters: Sequence[Adapter], *, same_base: bool = False) -> None:
         for number, other in others:
             problem = peft_format.disagreement(other.config, adapter.config, same_base=same_base)
             if problem is not None:
+                if _agreeing(adapters, other, same_base) < _agreeing(adapters, adapter, same_base):
+                    (index, adapter), (number, other) = (number, other), (index, adapter)
+                    problem = peft_format.disagreement(
+                        other.config, adapter.config, same_base=same_base
+                    )
                 who = label(index, adapter.name)
                 raise AdapterError(f"{who}: {problem} as in {label(number, other.name)}")
     vera.check(adapters)
     _refuse_other_kinds(adapters)
     names(adapters)
+
+
+def _agreeing(adapters: Sequence[Adapter], one: Adapter, same_base: bool) -> int:
+    """How many clients' configs agree with one client's."""
+    return sum(
+        peft_format.disagreement(one.config, other.config, same_base=same_base) is None
+        for other in adapters
+    )
 
 
 def _refuse_other_kinds(adapters: Sequence[Adapter]) -> None:

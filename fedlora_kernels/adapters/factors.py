@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedlora_kernels import ops
 from fedlora_kernels.adapters.error import AdapterError
+from fedlora_kernels.adapters.finite import all_finite
 from fedlora_kernels.adapters.kinds.kind import LINEAR, Kind
 
 
@@ -156,6 +157,10 @@ def fitted(module: str, update: Factors | None, target: Factors) -> Factors:
     elif ratio != 1.0:
         b = (b.double() * ratio).to(b.dtype)
     b, a = b.to(target.b), a.to(target.a)
+    if not (all_finite(b) and all_finite(a)):
+        raise AdapterError(
+            f"module {module}: the update overflows {target.b.dtype} at scaling {target.scaling:g}"
+        )
     if a.shape[0] < rank:
         spare = rank - a.shape[0]
         b = torch.cat([b, b.new_zeros(b.shape[0], spare)], dim=1)

@@ -16,7 +16,8 @@ def finite(tensors: Iterable[Tensor]) -> bool:
     for tensor in tensors:
         whole = tensor.numel() <= ALONE or tensor.device.type != "cpu"
         parts = (tensor,) if whole else tensor.flatten().split(ALONE)
-        sums.setdefault(tensor.device, []).extend(part.sum() for part in parts)
+        wide = torch.float32 if tensor.dtype == torch.float16 else None  # 65504 is soon reached
+        sums.setdefault(tensor.device, []).extend(part.sum(dtype=wide) for part in parts)
     return all(bool(torch.stack(found).isfinite().all()) for found in sums.values())
 
 

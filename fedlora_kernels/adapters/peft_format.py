@@ -75,9 +75,10 @@ def malformed(config: Config) -> str | None:
         return f"r is {rank!r}, expected a whole number of at least 1"
     if config["peft_type"] == "LORA" and not _is_alpha(alpha):
         return f"lora_alpha is {reprlib.repr(alpha)}, expected a finite number"
-    heads = config.get("modules_to_save") or []
-    if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
-        return f"modules_to_save is {heads!r}, expected a list of names"
+    for field in ("modules_to_save", "target_parameters"):
+        names = config.get(field) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return f"{field} is {names!r}, expected a list of names"
     for field, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         found = config.get(field) or {}
         if not isinstance(found, Mapping):

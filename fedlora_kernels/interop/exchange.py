@@ -15,7 +15,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from logging import Logger
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -175,7 +176,7 @@ class Exchange:
 
     def give(self, arrays: Mapping[str, Tensor]) -> None:
         """What a client is sent of which nothing is known: the server's initial tensors."""
-        self.arrays = dict(arrays)
+        self.arrays = _plain(arrays)
 
     def start(self, client: Client) -> Start:
         """What a client is sent, in the ranks, scalings and dtype in which it last sent its own."""
@@ -203,16 +204,26 @@ class Exchange:
             tensors = {**own.state_dict(), **extras, **zero}
             return Adapter.from_state_dict(tensors, own.config)
         received = self._delivery.received(own, who)
-        return received if received.vera else received.fit(own)
+        if received.vera:
+            return received
+        try:
+            return received.fit(own)
+        except AdapterError as error:
+            raise AdapterError(f"{who}, {error}") from None
 
     # ---- what clients send back ----------------------------------------------------------------
 
     def receive(self, client: Client, reply: Reply) -> None:
-        """A client's reply; it is looked at in :meth:`finish`."""
+        """A client's reply; it is looked at in :meth:`finish`. One that is lost stays lost."""
+        if client in self.lost:
+            return
         if client in self._replies:
             self.lose(client, "it replied twice")
             return
-        self._replies[client] = reply
+        try:
+            self._replies[client] = replace(reply, tensors=_plain(reply.tensors))
+        except AdapterError as error:
+            self.lose(client, str(error))
 
     def put_aside(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What a client sends: in a file and mapped where memory is limited, else as it is."""
@@ -267,12 +278,18 @@ class Exchange:
         """
         order = sorted(self._replies, key=lambda client: (isinstance(client, str), client))
         told = [client for client in order if self._replies[client].config is not None]
+        few = 2 * len(told) < len(order) and self._config is None
         common = _commonest([self._replies[client].tensors for client in order])
         adapters = {}
         for client in order:
             reply = self._replies[client]
             try:
-                if told and reply.config is None and self._config is None:
+                if few and reply.config is not None:
+                    raise AdapterError(
+                        "it sends adapter_config, and most clients send none: their scalings are "
+                        "unknown beside its own; give the server adapter_config="
+                    )
+                if not few and told and reply.config is None and self._config is None:
                     raise AdapterError(
                         f"it sends no adapter_config, and {label_of(told[0])} sends one: its "
                         "scalings are unknown"
@@ -300,10 +317,9 @@ class Exchange:
         tensors = dict(reply.tensors)
         if not tensors:
             raise AdapterError("it sends no tensors")
-        side = {"a": "A", "b": "B"}.get(self.rule.sends)
         for key, tensor in whole.items():  # what need not travel is what it was sent
             factor = keys.factor(key)
-            if side and factor and factor.side.upper() not in (side, "D" if side == "A" else side):
+            if factor is not None and not self._travels(factor.side):
                 tensors.setdefault(key, tensor)
         if reason := difference(tensors, whole, free_rank=free):
             raise AdapterError(reason)
@@ -317,15 +333,36 @@ class Exchange:
                 raise AdapterError(f"{key} differs from what it was sent; only {only} is trained")
         who = label_of(client)
         try:
-            return Adapter.from_state_dict(tensors, config or _assumed(tensors), name=who)
+            adapter = Adapter.from_state_dict(tensors, config or _assumed(tensors), name=who)
         except AdapterError as error:
             raise AdapterError(
                 str(error).removeprefix(f"{who}: ").removeprefix(f"{who}, ")
             ) from None
+        for module, item in adapter.factors.items():
+            if item.scaling == 0:
+                raise AdapterError(f"module {module}: scaling 0, with which no update reaches it")
+        return adapter
+
+    def _travels(self, side: str) -> bool:
+        """Whether a factor, or what stands beside it, is in every reply."""
+        sends = self.rule.sends
+        return sends == "both" or (side.upper() in ("A", "D") if sends == "a" else side != "A")
 
     # ---- from round to round -------------------------------------------------------------------
 
     def _go_on(self, result: Aggregation, adapters: Mapping[Client, Adapter]) -> None:
+        """The state after the round, all of it or nothing."""
+        before = {
+            name: value.copy() if isinstance(value, (dict, list)) else value
+            for name, value in vars(self).items()
+        }
+        try:
+            self._advance(result, adapters)
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    def _advance(self, result: Aggregation, adapters: Mapping[Client, Adapter]) -> None:
         sent_keys = {client: list(self._replies[client].tensors) for client in adapters}
         self.result, self.round = result, self.round + 1
         # As it reads from the file, so that a restarted server has the same bits.
@@ -383,13 +420,30 @@ class Exchange:
         owners = sorted(self._own.values(), key=lambda own: -own.bytes)
         wanted = shapes(self.arrays)
         own = next((own for own in owners if shapes(own.state_dict()) == wanted), owners[0])
-        if self.rule.personal:
-            shared = self._delivery.adapter
-            made = shared if shared.vera else shared.fit(own.direction)
-        else:
-            made = self._received(own, "the server")
+        same = {id(x): x for x in owners if shapes(x.state_dict()) == shapes(own.state_dict())}
+        own, made = self._first_fitted(list(same.values()))
         tensors = {**self.arrays, **made.state_dict()}  # DoRA's magnitudes: as in the beginning
         return {key: tensors.get(key, value) for key, value in own.state_dict().items()}
+
+    def _first_fitted(self, owners: Sequence[Adapter]) -> tuple[Adapter, Adapter]:
+        """The first client's adapter whose scalings and dtype can hold the global adapter, and that
+        adapter in them.
+
+        Raises:
+            AdapterError: no client's can.
+        """
+        assert self._delivery is not None
+        shared = self._delivery.adapter
+        refused = None
+        for own in owners:
+            try:
+                if not self.rule.personal:
+                    return own, self._received(own, "the server")
+                return own, shared if shared.vera else shared.fit(own.direction)
+            except AdapterError as error:
+                refused = refused or error
+        assert refused is not None
+        raise refused
 
     # ---- the file ------------------------------------------------------------------------------
 
@@ -418,11 +472,13 @@ class Exchange:
     def _restore(self, path: Path) -> None:
         try:
             content = torch.load(path, weights_only=True, map_location="cpu")
+            if not isinstance(content, dict):
+                raise TypeError(f"it holds a {type(content).__name__}")
             found = content["format"], content["rule"]
-        except (RuntimeError, EOFError, KeyError, ValueError, TypeError, OSError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+        except Exception as error:  # whatever a foreign file makes torch raise
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             raise AdapterError(
-                f"{path} cannot be read ({first}); move it away to begin anew"
+                f"{path} is not a state file ({why}); move it away to begin anew"
             ) from None
         if found != (FORMAT, self.rule.name):
             raise AdapterError(
@@ -479,7 +535,8 @@ class RuleServer(Generic[Name]):
         log: Logger,
         **exchange: Any,
     ) -> None:
-        self.exchange = Exchange(rule, rule_options, **exchange)
+        self._anew = partial(Exchange, rule, rule_options, **exchange)
+        self.exchange = self._anew()
         self._lost_key, self._log = lost_key, log
 
     @property
@@ -521,7 +578,26 @@ def read_config(said: object) -> Config | None:
         return None
     if not isinstance(said, dict):
         raise AdapterError(f"its {CONFIG} holds no JSON object")
+    try:
+        json.dumps(said, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(f"its {CONFIG} is not valid JSON: {error}") from None
     return said
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under keys without what wrappers added.
+
+    Raises:
+        AdapterError: two keys are one then, or other text stands before PEFT's prefix.
+    """
+    try:
+        found = {keys.plain(key): tensor for key, tensor in tensors.items()}
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
+    if len(found) < len(tensors):
+        raise AdapterError("two of its tensors have one name without their wrappers")
+    return found
 
 
 def label_of(client: Client) -> str:
@@ -639,8 +715,11 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     """In one step: a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f".{path.name}.{os.getpid()}")
-    with made.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    made.replace(path)
+    try:
+        with made.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)

@@ -51,7 +51,10 @@ RAW = "raw.le"
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
 }
 """Of raw tensors."""
 
@@ -131,6 +134,8 @@ class LoraStrategy(FedAvg, RuleServer[int]):
             robust=robust,
             robust_options=robust_options,
         )
+        self._keeps = state is not None
+        self._unsent: dict[int, str] = {}
         self._before = 0
         """the rounds of the runs before, where this one goes on from a file"""
         self._asked: list[Metadata] = []
@@ -165,6 +170,8 @@ class LoraStrategy(FedAvg, RuleServer[int]):
         Raises:
             AggregationError: a round has no client left; the message says why.
         """
+        if not self._keeps:
+            self.exchange = self._anew()
         self._before = before = self.exchange.round
         if before:
             initial_arrays = to_arrays(self.exchange.arrays)
@@ -208,12 +215,17 @@ class LoraStrategy(FedAvg, RuleServer[int]):
     def _construct_messages(
         self, record: RecordDict, node_ids: list[int], message_type: str
     ) -> Iterable[Message]:
-        messages = [
-            Message(self.content(record, node), message_type=message_type, dst_node_id=node)
-            for node in node_ids
-        ]
+        messages, unsent = [], {}
+        for node in node_ids:
+            try:
+                content = self.content(record, node)
+            except AdapterError as error:
+                unsent[node] = f"it cannot be sent the result: {error}"
+            else:
+                messages.append(Message(content, message_type=message_type, dst_node_id=node))
         if message_type == MessageType.TRAIN:
             self._asked = [message.metadata for message in messages]
+            self._unsent = unsent
         return messages
 
     def content(self, record: RecordDict, node: int) -> RecordDict:
@@ -257,6 +269,8 @@ class LoraStrategy(FedAvg, RuleServer[int]):
         """
         exchange = self.exchange
         exchange.begin()
+        for node, why in self._unsent.items():
+            exchange.lose(node, why)
         asked = {sent.message_id: sent.dst_node_id for sent in self._asked}
 
         def node_of(reply: Message) -> int:

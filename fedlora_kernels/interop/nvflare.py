@@ -21,6 +21,7 @@ beside it, which :func:`updates` reads: the site merges each place once.
 
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from copy import copy
 from logging import getLogger
@@ -41,7 +42,14 @@ from torch import Tensor
 from fedlora_kernels.adapters import peft_format
 from fedlora_kernels.adapters.adapter import Adapter
 from fedlora_kernels.adapters.error import AdapterError
-from fedlora_kernels.interop.exchange import CONFIG, MERGES, Reply, RuleServer, read_config
+from fedlora_kernels.interop.exchange import (
+    CONFIG,
+    MERGES,
+    Reply,
+    RuleServer,
+    label_of,
+    read_config,
+)
 from fedlora_kernels.robust import Robust
 from fedlora_kernels.rules import Rule
 
@@ -154,7 +162,11 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
             site = fl_ctx.get_peer_context().get_identity_name()
             data = fl_ctx.get_prop(FLContextKey.TASK_DATA)
             dxo = read_dxo(data)
-            dxo.data, meta = self.sent(site, dxo.data)
+            try:
+                dxo.data, meta = self.sent(site, dxo.data)
+            except AdapterError as error:  # NVFlare would log it and send FedAvg's model
+                self.system_panic(f"{label_of(site)}: {error}", fl_ctx)
+                return
             dxo.meta = {**dxo.meta, **meta}
             dxo.update_shareable(data)
 
@@ -251,7 +263,7 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
         if not total > 0:
             return {}
         return {
-            key: math.fsum(w * x[key] for w, x in zip(weights, found, strict=True)) / total
+            key: math.fsum(w * float(x[key]) for w, x in zip(weights, found, strict=True)) / total
             for key in sorted(set.intersection(*numbers))
         }
 
@@ -304,4 +316,4 @@ def _tensors(params: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

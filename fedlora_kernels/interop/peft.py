@@ -161,6 +161,7 @@ def hotswap(model: Any, adapter: Adapter, adapter_name: str = "default") -> None
             raise AdapterError(f"{who}, module {module}: the model's adapter has no such module")
     for module, layer in layers.items():
         _refuse_layer(who, module, layer, adapter_name, adapter.factors.get(module))
+    live = tuner.peft_config[adapter_name]
     ranks, scalings = {}, {}
     with torch.no_grad():
         for module, layer in layers.items():
@@ -177,7 +178,8 @@ def hotswap(model: Any, adapter: Adapter, adapter_name: str = "default") -> None
                 _rescale(layer, adapter_name, item.scaling)
             ranks[module] = layer.r[adapter_name] = a.shape[0]
             scalings[module] = float(layer.scaling[adapter_name])
-    live = tuner.peft_config[adapter_name]
+            shrunk = ranks[module] ** 0.5 if live.use_rslora else ranks[module]
+            layer.lora_alpha[adapter_name] = scalings[module] * shrunk
     config = peft_format.result_config(
         peft_format.plain(live), ranks, scalings, bool(live.use_rslora)
     )

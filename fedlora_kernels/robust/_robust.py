@@ -2,7 +2,8 @@
 
 A robust rule is a frozen dataclass in a file of its own. It looks at the clients' updates as points
 (:class:`Updates`) and says how much each counts. The aggregation rule then does its work with these
-weights.
+weights. What a client sends beside its update (heads, biases, the magnitudes of DoRA) is not looked
+at: it counts as the update does.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Robust(Named):
     grades: ClassVar[bool] = False
     """clients that are not left out count by other weights than those that were given"""
 
-    def solve(self, updates: Updates, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, updates: Updates, weights: Tensor) -> Tensor:
         """How much each client counts.
 
         Args:
@@ -90,13 +91,16 @@ class Robust(Named):
             weights: w_k > 0 as given, [K] float64.
 
         Returns:
-            The robust weights [K] >= 0, of any positive sum, and the factors c_k [K] of the
-            updates.
+            The robust weights [K] >= 0, of any positive sum.
 
         Raises:
             AdapterError: there are too few clients.
         """
         raise NotImplementedError(f"robust rule {self.name!r} defines no solve()")
+
+    def factors(self, updates: Updates) -> Tensor:
+        """What each update is multiplied with, c_k [K]: 1 where the rule does not scale."""
+        return updates.norms.new_ones(len(updates))
 
     def weigh(self, updates: Updates, weights: Tensor, names: Sequence[str]) -> Weighing:
         """How all clients count. A client of weight 0 takes no part, and keeps it.
@@ -110,9 +114,11 @@ class Robust(Named):
             AdapterError: there are too few clients of positive weight.
         """
         taking_part = weights.nonzero().flatten().tolist()
-        found, scales = self.solve(updates.of(taking_part), weights[taking_part])
-        counted = dict(zip(taking_part, (found / found.sum()).tolist(), strict=True))
-        factors = dict(zip(taking_part, scales.tolist(), strict=True))
+        points = updates.of(taking_part)
+        robust_weights = self.solve(points, weights[taking_part])
+        shares = (robust_weights / robust_weights.sum()).tolist()
+        counted = dict(zip(taking_part, shares, strict=True))
+        factors = dict(zip(taking_part, self.factors(points).tolist(), strict=True))
         rows = zip(names, updates.norms.tolist(), weights.tolist(), strict=True)
         return Weighing(
             self,
@@ -159,6 +165,13 @@ class Robust(Named):
                 f"{need}"
             )
         return count
+
+
+def only(weights: Tensor, kept: Tensor) -> Tensor:
+    """The weights of these clients, by their indices; 0 for the others."""
+    robust_weights = weights.new_zeros(weights.shape)
+    robust_weights[kept] = weights[kept]
+    return robust_weights
 
 
 def not_negative(**values: int | None) -> None:

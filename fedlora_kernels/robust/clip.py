@@ -2,9 +2,10 @@
 
     c_k = min(1, limit / ||dW_k||)        ||dW_k|| over all modules
 
-The limit is a number, or the median of the clients' norms (the lower one of two). The weights stay
-as they were given. Sun et al. (arXiv 1911.07963) clip what a client changed in the round; here it
-is the whole update that the client sends.
+The limit is a number, or the median of the clients' norms (the lower one of two); where half of the
+updates are zero, that is 0, and so is the result. The weights stay as they were given. Sun et al.
+(arXiv 1911.07963) clip what a client changed in the round; here it is the whole update that the
+client sends.
 
 With h the honest clients' mean and phi the attackers' share of the weights, the result is within
 phi (limit + ||h||) + sum over honest k of w_k max(0, ||dW_k|| - limit) of h.
@@ -45,8 +46,12 @@ class Clip(Robust):
         if self.norm is not None and not (math.isfinite(self.norm) and self.norm > 0):
             raise ValueError(f"norm must be a finite number > 0, found {self.norm}")
 
-    def solve(self, updates: Updates, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights as given, and limit / ||dW_k|| where that is less than 1."""
+    def solve(self, updates: Updates, weights: Tensor) -> Tensor:
+        """The weights as given."""
+        return weights
+
+    def factors(self, updates: Updates) -> Tensor:
+        """limit / ||dW_k|| where that is less than 1."""
         norms = updates.norms
         limit = norms.median() if self.norm is None else norms.new_tensor(self.norm)
-        return weights, (limit / norms.where(norms > limit, 1)).where(norms > limit, 1)
+        return (limit / norms.where(norms > limit, 1)).where(norms > limit, 1)

@@ -50,9 +50,8 @@ class GeometricMedian(Robust):
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, found {self.max_steps}")
 
-    def solve(self, updates: Updates, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, updates: Updates, weights: Tensor) -> Tensor:
         """p."""
-        found = updates.geometric_median(
+        return updates.geometric_median(
             weights, tol=self.tol, smoothing=self.smoothing, max_steps=self.max_steps
         )
-        return found, found.new_ones(found.shape)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedlora_kernels.robust._robust import Robust, not_negative, option
+from fedlora_kernels.robust._robust import Robust, not_negative, only, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,16 +40,14 @@ class Krum(Robust):
         """Raises ValueError: attackers is negative."""
         not_negative(attackers=self.attackers)
 
-    def solve(self, updates: Updates, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, updates: Updates, weights: Tensor) -> Tensor:
         """Weight for the best of :meth:`ranked`.
 
         Raises:
             AdapterError: there are fewer than 2 f + 3 clients.
         """
         order, _ = self.ranked(updates)
-        found = weights.new_zeros(weights.shape)
-        found[order[0]] = 1
-        return found, found.new_ones(found.shape)
+        return only(weights, order[:1])
 
     def ranked(self, updates: Updates) -> tuple[Tensor, int]:
         """The clients by their scores, the best first, and f.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedlora_kernels.adapters.error import AdapterError
-from fedlora_kernels.robust._robust import option
+from fedlora_kernels.robust._robust import only, option
 from fedlora_kernels.robust.krum import Krum
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class MultiKrum(Krum):
         if self.keep is not None and self.keep < 1:
             raise ValueError(f"keep must be at least 1, found {self.keep}")
 
-    def solve(self, updates: Updates, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, updates: Updates, weights: Tensor) -> Tensor:
         """The given weights of the best ``keep`` clients.
 
         Raises:
@@ -49,7 +49,4 @@ class MultiKrum(Krum):
                 f"{len(updates)} clients of positive weight: {self.name} with "
                 f"attackers={attackers} keeps at most {most}, found keep={self.keep}"
             )
-        kept = order[: most if self.keep is None else self.keep]
-        found = weights.new_zeros(weights.shape)
-        found[kept] = weights[kept]
-        return found, found.new_ones(found.shape)
+        return only(weights, order[: most if self.keep is None else self.keep])

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from fedlora_kernels.robust._robust import Robust, not_negative, option
+from fedlora_kernels.robust._robust import Robust, not_negative, only, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ class Trimmed(Robust):
             expected = " or ".join(get_args(By))
             raise ValueError(f"by must be {expected}, found {self.by!r}")
 
-    def solve(self, updates: Updates, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, updates: Updates, weights: Tensor) -> Tensor:
         """The given weights of the K - f nearest clients.
 
         Raises:
@@ -66,7 +66,4 @@ class Trimmed(Robust):
             far = updates.medians
         else:
             far = updates.distances(updates.geometric_median(weights))
-        kept = far.argsort(stable=True)[: count - attackers]
-        found = weights.new_zeros(weights.shape)
-        found[kept] = weights[kept]
-        return found, found.new_ones(found.shape)
+        return only(weights, far.argsort(stable=True)[: count - attackers])

@@ -47,7 +47,7 @@ def _parts(row: Row, source: str) -> tuple[str | Turns, str]:
         if isinstance(prompt, str):
             return prompt, str(completion)
         return _conversation([*prompt, *completion], source)
-    answer = row.get("response") or row.get("output")
+    answer = row.get("output") if row.get("response") is None else row["response"]
     if "instruction" in row and answer is not None:
         more = row.get("context") or row.get("input")
         asked = f"{row['instruction']}\n\n{more}" if more else str(row["instruction"])

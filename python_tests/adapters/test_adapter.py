@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,33 @@ def test_fit_does_not_touch_its_arguments() -> None:
         factors.b.zero_()
     assert_same_tensors(adapter.state_dict(), before)
     assert_same_tensors(template.state_dict(), held)
+
+
+@pytest.mark.parametrize("module", SIZES)
+@pytest.mark.parametrize("rank", [2, 4, 6])
+@pytest.mark.parametrize(
+    ("large", "alpha", "dtype"),
+    [
+        (1e5, 4, torch.float16),
+        (1e3, 1e-2, torch.float16),
+        (1e30, 1e-9, torch.float32),
+        (1e30, 1e-9, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_fit_refuses_an_update_that_overflows(
+    large: float, alpha: float, dtype: torch.dtype, rank: int, module: str
+) -> None:
+    adapter = one_client(4, alpha=4)
+    factors = {
+        name: replace(x, b=large * x.b) if name == module else x
+        for name, x in adapter.factors.items()
+    }
+    template = one_client(rank, alpha=alpha * rank / 4, dtype=dtype, seed=1)
+    with pytest.raises(
+        flk.AdapterError, match=f"^module {module}: the update overflows {dtype} at"
+    ):
+        flk.Adapter(factors, adapter.config).fit(template)
 
 
 def test_fit_refuses_other_modules_and_sizes() -> None:

@@ -83,6 +83,27 @@ def test_fields_that_matter(field, one, other):
         flk.Round(clients({field: one, **beside}, {field: other, **beside}))
 
 
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base_model_name_or_path": "another/base"},
+        {"layer_replication": [[0, 2]]},
+        {"task_type": "SEQ_CLS"},
+        {"alora_invocation_tokens": [5]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_one_of_three_that_differs_is_named(place, change):
+    """Also where it is the first, with which the others do not agree."""
+    (field,) = change
+    made = clients(*(change if k == place else {} for k in range(3)))
+    other = 1 if place == 0 else 0
+    said = rf"^client {place} \(site-{place}\): {field} is .* as in client {other} \(site-{other}\)"
+    with pytest.raises(flk.AdapterError, match=said):
+        flk.Round(made)
+
+
 SAME = [
     ("gpt2", "openai-community/gpt2"),
     ("/data/llms/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),

@@ -69,6 +69,12 @@ def test_config_is_no_json_object(text: str, sites: list[str]) -> None:
         {"modules_to_save": {"score": 1}},
         {"modules_to_save": [["score"]]},
         {"modules_to_save": ["score", 1]},
+        {"target_parameters": 5},
+        {"target_parameters": math.nan},
+        {"target_parameters": True},
+        {"target_parameters": "experts"},
+        {"target_parameters": {"experts": 1}},
+        {"target_parameters": ["experts", 1]},
         {"rank_pattern": [4, 4]},
         {"rank_pattern": {"(": 4}},
         {"alpha_pattern": {"down": "x"}},
@@ -108,6 +114,36 @@ def test_nan_and_inf_in_live_adapters(rule: str, bad: float, side: str) -> None:
     clients = [round_.adapters[0], spoiled, round_.adapters[2]]
     with pytest.raises(flk.AdapterError, match=rf"site-1.*{MODULE}.*{side.upper()} holds NaN"):
         flk.aggregate(clients, rule=rule)
+
+
+ROWS = 4096
+"""A float16 sum of as many numbers of 17 overflows: 65504 is the largest."""
+
+
+@pytest.mark.parametrize("value", [17.0, 65504.0, -65504.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("beside", ["lora_magnitude_vector", "lora_B.bias", None])
+@pytest.mark.parametrize("rule", ["fedit", "florist"])
+def test_finite_numbers_with_a_large_sum_are_no_overflow(
+    rule: str, beside: str | None, dtype: torch.dtype, value: float
+) -> None:
+    """Magnitudes and biases of one sign are where a sum in float16 overflows."""
+    round_ = draw(sizes={"q": (ROWS, 3)}, alphas=(4, 4, 4), dtype=dtype)
+    extra = {} if beside is None else {f"base_model.model.q.{beside}": torch.full((ROWS,), value)}
+    adapters = [
+        flk.Adapter.from_state_dict(
+            {**x.state_dict(), **{key: y.to(dtype) for key, y in extra.items()}},
+            {
+                **x.config,
+                "use_dora": beside == "lora_magnitude_vector",
+                "lora_bias": beside == "lora_B.bias",
+            },
+        )
+        for x in round_.adapters
+    ]
+    item = flk.aggregate(adapters, rule=rule, magnitudes="average").adapter.factors["q"]
+    if beside == "lora_magnitude_vector":
+        assert torch.equal(item.magnitude, torch.full((ROWS,), value, dtype=dtype))
 
 
 def one_row(tensors: dict[str, torch.Tensor]) -> None:

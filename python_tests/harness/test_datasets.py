@@ -156,6 +156,15 @@ def test_conventions_of_columns(tmp_path):
     assert texts.train[0].completion == " blue."
 
 
+@pytest.mark.parametrize("column", ["response", "output"])
+def test_a_response_may_be_empty(column, tmp_path):
+    rows = [{"instruction": f"Say {n}.", column: "" if n % 2 else str(n)} for n in range(20)]
+    task = TASKS["instructions"].load(**SIZES, source=written(tmp_path / "a", rows))
+    for example in [*task.train, *task.test]:
+        number = example.turns[0][1].removeprefix("Say ").removesuffix(".")
+        assert example.completion == ("" if int(number) % 2 else number)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -194,6 +203,36 @@ def test_programs_run_against_their_tests():
     assert not passes(example, "    return x\n")
     assert not passes(example, "    return (\n")
     assert not passes(example, "    bytearray(1 << 32)\n    return 2 * x\n"), "memory is limited"
+
+
+ENDINGS = (
+    "exit()",
+    "quit()",
+    "import sys; sys.exit(0)",
+    "raise SystemExit",
+    "import os; os._exit(0)",
+)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_program_that_ends_before_its_tests_does_not_pass(ending):
+    example = Example("def double(x):\n", 0, answer="assert double(2) == 4")
+    assert not passes(example, f"    return x\n{ending}\n")
+    assert not passes(example, f"    {ending}\n")
+    assert passes(example, f"    return 2 * x\ndef main():\n    {ending}\n")
+
+
+@pytest.mark.parametrize("text", ["x = 1\0\n", "x = '\udc80'\n", "x = (\n"], ids=ascii)
+def test_text_that_is_no_program_does_not_pass(text):
+    assert not passes(Example("", 0, answer="assert False"), text)
+
+
+@pytest.mark.parametrize("where", ["prompt", "text", "answer"])
+def test_programs_may_be_longer_than_an_argument(where):
+    long = dict.fromkeys(("prompt", "text", "answer"), "") | {where: "#" * 200_000 + "\n"}
+    for value, right in ((4, True), (5, False)):
+        example = Example(long["prompt"], 0, answer=f"{long['answer']}assert x == {value}")
+        assert passes(example, f"{long['text']}x = 4\n") == right
 
 
 def test_programs_are_run_only_on_request(tmp_path):

@@ -246,7 +246,7 @@ BROKEN = {
     "rank 1": (with_tensor(lambda x: x[:1]), r"lora_A\S+ is torch.float32 \[1, 17\], expected"),
     "NaN": (with_tensor(lambda x: x.fill_(math.nan)), "holds NaN or infinite values"),
     "Inf": (with_tensor(lambda x: x.fill_(math.inf)), "holds NaN or infinite values"),
-    "another name": (renamed, "its update lacks base_model"),
+    "another name": (renamed, "found 'other' before PEFT's prefix"),
     "one more": (with_tensor(lambda _: None), r"its update lacks \S+lora_A"),
     "half of a raw tensor": (half, r"has 100 bytes; float32 of shape \[4, 17\] has 272"),
     "half of a tensor": (half_of_numpy, "cannot be read from numpy.ndarray"),
@@ -261,6 +261,9 @@ BROKEN = {
     "a list of examples": (weighing([1, 2]), "has no number 'num-examples'"),
     "no JSON": (saying("{"), "its adapter_config is not valid JSON"),
     "no object": (saying("[1]"), "its adapter_config holds no JSON object"),
+    "JSON with NaN": (saying('{"r": 4, "any": NaN}'), "its adapter_config is not valid JSON"),
+    "JSON with 1e400": (saying('{"r": 4, "any": 1e400}'), "its adapter_config is not valid JSON"),
+    "scaling 0": (saying('{"r": 4, "lora_alpha": 0}'), "scaling 0, with which no update reaches"),
     "another rank": (saying('{"r": 3, "lora_alpha": 3}'), "factors have rank 4"),
     "no number": (saying('{"r": "x"}'), "r is 'x', expected a whole number"),
     "no reply": (lambda _: None, "no reply within the time limit"),
@@ -484,8 +487,36 @@ def test_a_residual_is_merged_and_the_adapter_goes_on(rule):
 
 def test_rounds_tell_what_to_train():
     round_ = draw(common_a=True)
-    grid, _ = run(strategy("rolora"), answers(round_), round_.adapters[0], rounds=2)
+
+    def obeying(k, reply, message):
+        """The factor that is not trained is what it was sent."""
+        fixed = {"a": "lora_B", "b": "lora_A"}[message.content["config"]["trains"]]
+        sent = from_arrays(message.content.array_records["arrays"])
+        own = from_arrays(reply["arrays"])
+        reply["arrays"] = to_arrays({key: sent[key] if fixed in key else own[key] for key in own})
+        return reply
+
+    made = strategy("rolora")
+    grid, _ = run(made, answers(round_, change=obeying), round_.adapters[0], rounds=2)
     assert [m.content["config"]["trains"] for m in grid.sent] == ["b"] * 3 + ["a"] * 3
+    assert not made.lost
+
+
+@pytest.mark.parametrize("odd", range(3))
+@pytest.mark.parametrize("rule", ["florist", "fedit", "flexlora"])
+def test_a_node_that_cannot_hold_the_result_leaves_the_round_with_the_rest(rule, odd):
+    """In float16 and of a scaling that is too small for the others' update."""
+    alphas = [2.0**-12 if k == odd else 800 for k in range(3)]
+    round_ = draw(alphas=alphas, dtype=torch.float16)
+    made = strategy(rule)
+    grid, result = run(made, answers(round_), round_.adapters[0], rounds=3)
+    for number in (2, 3):
+        metrics = result.train_metrics_clientapp[number]
+        assert (metrics["lost-nodes"], metrics["clients"]) == ([NODES[odd]], 2)
+    asked = [message.metadata.dst_node_id for message in grid.sent[3:]]
+    assert sorted(asked) == sorted(2 * [node for node in NODES if node != NODES[odd]])
+    said = made.lost[NODES[odd]]
+    assert re.match(rf"it cannot be sent the result: node {NODES[odd]}, module .*overflows", said)
 
 
 def test_a_node_that_sat_out_gets_the_last_result():
@@ -544,6 +575,23 @@ def test_a_restarted_server_goes_on_with_the_same_bits(rule, tmp_path):
     assert_same(from_arrays(again.arrays), from_arrays(unbroken.arrays))
 
 
+@pytest.mark.parametrize("rule", ["florist", "fedsa", "flora", "fedmomentum"])
+@pytest.mark.parametrize("kept", [False, True], ids=["no state", "state"])
+def test_a_second_start_begins_anew_unless_a_state_is_kept(rule, kept, tmp_path):
+    round_ = draw(alphas=(8, 8, 8))
+    made = strategy(rule, state=tmp_path / "state.pt" if kept else None)
+    first, again = (run(made, moving(round_), round_.adapters[0], rounds=2) for _ in range(2))
+    assert_same(from_arrays(again[1].arrays), from_arrays(first[1].arrays))
+    assert [len(grid.sent) for grid, _ in (first, again)] == [6, 0 if kept else 6]
+    grid, other = run(made, moving(round_), draw(seed=3, alphas=(8, 8, 8)).adapters[0], rounds=3)
+    assert len(grid.sent) == (3 if kept else 9)
+    assert list(other.train_metrics_clientapp) == ([3] if kept else [1, 2, 3])
+    fresh = strategy(rule)
+    given = round_.adapters[0] if kept else draw(seed=3, alphas=(8, 8, 8)).adapters[0]
+    _, expected = run(fresh, moving(round_), given, rounds=3)
+    assert_same(from_arrays(other.arrays), from_arrays(expected.arrays))
+
+
 def test_a_state_of_another_rule_or_damaged_is_refused(tmp_path):
     round_ = draw()
     file = tmp_path / "state.pt"
@@ -553,7 +601,9 @@ def test_a_state_of_another_rule_or_damaged_is_refused(tmp_path):
     ):
         strategy("fedit", state=file)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(flk.AdapterError, match=r"cannot be read .*; move it away to begin anew"):
+    with pytest.raises(
+        flk.AdapterError, match=r"is not a state file .*; move it away to begin anew"
+    ):
         strategy("florist", state=file)
 
 
@@ -594,6 +644,20 @@ def test_tensors_travel_bit_for_bit(dtype):
             sent = tensors[name].contiguous().reshape(-1).view(torch.uint8)
             assert (found.dtype, found.shape) == (dtype, tensors[name].shape)
             assert torch.equal(found.reshape(-1).view(torch.uint8), sent)
+
+
+@pytest.mark.parametrize("dtype", flower.DTYPES.values(), ids=str)
+def test_an_update_keeps_what_stands_beside_its_factors(dtype):
+    """Masks and counters of modules_to_save, say."""
+    client = draw().adapters[0]
+    beside = {"base_model.model.score.mask": torch.tensor([[0, 1, 1], [1, 0, 2]]).to(dtype)}
+    config = {**client.config, "modules_to_save": ["score"]}
+    adapter = flk.Adapter.from_state_dict({**client.state_dict(), **beside}, config)
+    records = RecordDict()
+    flower.write_adapter(records, "merged/0", adapter)
+    found = flower.read_adapter(records, "merged/0").state_dict()
+    assert_same(found, adapter.state_dict())
+    assert {found[key].dtype for key in beside} == {dtype}
 
 
 def test_flowers_own_averaging_cannot_read_raw_arrays():

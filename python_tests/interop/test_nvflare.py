@@ -194,7 +194,7 @@ BROKEN = {
     "another dtype": (with_tensor(lambda x: x.half()), "is torch.float16"),
     "no tensor": (with_tensor(lambda x: "text"), "lora_A.weight is a str"),
     "NaN": (with_tensor(lambda x: x.fill_(math.nan)), "holds NaN or infinite values"),
-    "another name": (renamed, "its update lacks base_model"),
+    "another name": (renamed, "found 'other' before PEFT's prefix"),
     "one less": (with_tensor(lambda _: None), r"its update lacks \S+lora_A"),
     "nothing": (empty, "it sent nothing, or its task failed or was late"),
     "no reply": (lambda _: None, "it sent nothing, or its task failed or was late"),
@@ -203,6 +203,10 @@ BROKEN = {
     "a weight of NaN": (with_(**{STEPS: math.nan}), "its weight is nan, expected a finite number"),
     "no JSON": (with_(adapter_config="{"), "its adapter_config is not valid JSON"),
     "a list": (with_(adapter_config="[]"), "its adapter_config holds no JSON object"),
+    "JSON with NaN": (with_(adapter_config='{"any": NaN}'), "its adapter_config is not valid JSON"),
+    "inf": (with_(adapter_config={"any": math.inf}), "its adapter_config is not valid JSON"),
+    "scaling 0": (with_(adapter_config={"r": 4, "lora_alpha": 0}), "scaling 0, with which no upd"),
+    "a truth value": (with_(**{STEPS: np.bool_(True)}), f"its meta has no number '{STEPS}', found"),
 }
 
 
@@ -223,6 +227,44 @@ def test_a_broken_result_leaves_the_round_with_the_rest(break_, said, rule, capl
     rest = [round_.adapters[k] for k in (0, 2)]
     expected = flk.aggregate(rest, rule=rule, weights=[round_.weights[k] for k in (0, 2)])
     assert_same(made.result.adapter.state_dict(), expected.adapter.state_dict())
+
+
+@pytest.mark.parametrize("odd", range(3))
+@pytest.mark.parametrize("rule", ["florist", "fedit", "flexlora"])
+def test_a_site_that_cannot_hold_the_result_stops_the_job(rule, odd, monkeypatch):
+    """NVFlare sends FedAvg's model, of another scaling, where its event only raises an error."""
+    alphas = [2.0**-12 if k == odd else 800 for k in range(3)]
+    round_ = draw(alphas=alphas, dtype=torch.float16)
+    made, panics = LoraAggregator(rule), []
+    monkeypatch.setattr(made, "system_panic", lambda reason, fl_ctx: panics.append(reason))
+    _, model = run(made, answers(round_), round_.adapters[0].state_dict())
+    assert not panics
+    for site in SITES:
+        assert ("trains" in fetched(made, site, model).meta) == (site != SITES[odd])
+    (said,) = panics
+    assert re.match(
+        rf"site {SITES[odd]}: site {SITES[odd]}, module .* overflows torch.float16", said
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", [int, float, np.int64, np.int32, np.uint8, np.float64, np.float32, np.float16]
+)
+def test_numbers_may_be_numpys(kind):
+    """NVFlare's serialization keeps them."""
+    round_ = draw()
+
+    def counted(k, result, _):
+        result.meta[STEPS] = kind(round_.weights[k])
+        result.metrics = {"score": kind(k + 1), "done": np.bool_(True), "list": np.ones(2)}
+        return result
+
+    made = LoraAggregator("fedit")
+    _, model = run(made, answers(round_, counted), round_.adapters[0].state_dict())
+    assert not made.lost
+    assert_same(made.result.adapter.state_dict(), round_.aggregate("fedit").adapter.state_dict())
+    assert model.metrics["score"] == pytest.approx((50 * 1 + 20 * 2 + 30 * 3) / 100)
+    assert not {"done", "list"} & set(model.metrics)
 
 
 def test_a_round_without_any_site_is_an_error():
@@ -278,7 +320,7 @@ def test_a_limit_changes_no_bit(rule, tmp_path):
         result.meta["merges"] = True
         for key, x in result.params.items():
             sent = received.params[key]
-            if received.meta["trains"] == "b" and "lora_A" in key:
+            if {"a": "lora_B", "b": "lora_A"}.get(received.meta["trains"], "none") in key:
                 result.params[key] = sent
             elif x.shape == sent.shape:
                 result.params[key] = (x + sent) / 2
@@ -361,7 +403,17 @@ def test_rules_that_merge_need_sites_that_declare_it():
 
 def test_rounds_tell_what_to_train():
     round_ = draw(common_a=True)
-    given, _ = run(LoraAggregator("rolora"), answers(round_), round_.adapters[0].state_dict(), 2)
+
+    def obeying(k, received, number):
+        """The factor that is not trained is what it was sent."""
+        result = answers(round_)(k, received, number)
+        fixed = {"a": "lora_B", "b": "lora_A"}[received.meta["trains"]]
+        result.params |= {key: x for key, x in received.params.items() if fixed in key}
+        return result
+
+    made = LoraAggregator("rolora")
+    given, _ = run(made, obeying, round_.adapters[0].state_dict(), 2)
+    assert not made.lost
     assert [model.meta["trains"] for models in given for model in models.values()] == [
         *["b"] * 3,
         *["a"] * 3,

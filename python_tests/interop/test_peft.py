@@ -380,6 +380,37 @@ def test_an_aggregate_goes_into_a_running_model(energy):
         assert_near(again.delta(name), adapter.delta(name), 1e-7)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("rank", [2, 7])
+def test_what_peft_scales_afterwards_starts_from_the_new_scaling(rank, prepared, rslora):
+    """set_scale and unscale_layer divide the layer's own lora_alpha by its r."""
+    adapter = aggregate_of(live({}, {"lora_alpha": 40}, target_modules=list(LINEAR)), max_rank=rank)
+    model = live({"lora_alpha": 64, "use_rslora": rslora}, target_modules=list(LINEAR))
+    if prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=12)
+    hotswap(model, adapter, "a")
+    for name, layer in layers(model).items():
+        for factor in (1.0, 0.25):
+            layer.set_scale("a", factor)
+            assert_near(delta(layer, "a"), factor * adapter.delta(name), 1e-6)
+        layer.unscale_layer()
+        assert_near(delta(layer, "a"), adapter.delta(name), 1e-6)
+
+
+@pytest.mark.parametrize("value", [1500.0, 65504.0, -65504.0])
+def test_finite_numbers_with_a_large_sum_are_no_overflow(value):
+    adapter = aggregate_of(live({}, {}, target_modules=["up"]), rank=4)
+    tensors = {
+        key: torch.full_like(x, value) if "lora_B" in key else x
+        for key, x in adapter.state_dict().items()
+    }
+    model = live({}, target_modules=["up"], dtype=torch.float16)
+    hotswap(model, flk.Adapter.from_state_dict(tensors, adapter.config), "a")
+    found = layers(model)["up"].lora_B["a"].weight
+    assert bool((found[:, :4] == value).all())
+
+
 def test_modules_that_the_adapter_lacks_become_zero():
     adapter = aggregate_of(live({}, {}, target_modules=["up"]), max_rank=4)
     model = live({}, target_modules=list(LINEAR))

@@ -74,7 +74,7 @@ def test_a_saved_memory_is_the_memory(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_every_rule_is_named() -> None:
-    table = PAGE[PAGE.index("| rules | each client |") : PAGE.index("- Merged updates")]
+    table, _, _ = PAGE[PAGE.index("| rules | each client |") :].partition("\n\n")
     rows = {name: row for row in table.splitlines() for name in re.findall(r"`(\w+)`[,: |]", row)}
     assert set(flk.rules.names()) <= set(rows)
     for name in flk.rules.names():

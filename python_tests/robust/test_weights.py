@@ -241,3 +241,18 @@ def test_the_order_of_the_clients_changes_nothing() -> None:
             moved = flk.Round(adapters, weights=weights).weighed(name).weighing
             assert [base.weights[k] for k in order] == pytest.approx(moved.weights, rel=1e-6)
             assert [base.scales[k] for k in order] == pytest.approx(moved.scales, rel=1e-9)
+
+
+@pytest.mark.parametrize("robust", EVERY, ids=repr)
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
+def test_single_precision_weighs_as_double_does(
+    robust: flk.Robust, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where clients differ by less than float32 sums can tell, as they do late in training."""
+    monkeypatch.setattr("attacks.OWN", share)
+    adapters = attacked("collude", 0, 7).round_.adapters
+    exact, fast = (flk.Round(adapters, precision=name) for name in ("exact", "fast"))
+    assert torch.equal(fast.updates.products, exact.updates.products)
+    expected_weighing = exact.weighed(robust).weighing
+    assert fast.weighed(robust).weighing == expected_weighing
+    assert fast.aggregate("florist", robust=robust).weighing == expected_weighing

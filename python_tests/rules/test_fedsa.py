@@ -142,6 +142,16 @@ def test_vera_report_is_of_the_clients_mean_update() -> None:
         assert abs(row.norm - norm(ideal)) < 1e-4 * norm(ideal)
 
 
+@pytest.mark.parametrize("projections", [True, False])
+def test_a_vera_report_says_which_width_its_norms_count(projections: bool) -> None:
+    """PEFT's projections are as wide as the widest module; without them there are no norms."""
+    report = flk.aggregate(vera_clients(projections), rule="fedsa").report
+    said = "VeRA: PEFT cuts the projection to each module's input width"
+    assert (said in report.note) == projections
+    lora = flk.aggregate(draw().adapters, rule="fedsa").report
+    assert "VeRA" not in lora.note
+
+
 def test_vera_client_adapter_has_its_update() -> None:
     """delta() of what client k receives: diag(lambda_b) B diag(mean lambda_d) A."""
     result = flk.aggregate(vera_clients(), rule="fedsa", weights=WEIGHTS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_within
-from federation import FIXED_A, Federation, draw, norm, of_batch, update, with_common
+from federation import FIXED_A, SIZES, Federation, draw, norm, of_batch, update, with_common
 from matrices import CASES, EQUAL_RANK_CASES, FAMILIES, case_id
 from vera import vera_clients
 
@@ -272,3 +272,67 @@ def test_a_client_without_a_module_counts_as_zero_in_a_tree(rule: str) -> None:
     for module in round_.modules:
         gap = norm(update(result.adapter, module) - update(flat.adapter, module))
         assert_within(torch.tensor(gap), room(round_, module), f"{rule}, {module}")
+
+
+@pytest.mark.parametrize(("rule", "options"), [*WHOLE.items(), *MEANS.items()])
+@pytest.mark.parametrize("absent", [{}, {1: ["layers.0.down"]}], ids=["complete", "absent"])
+def test_a_tree_whose_root_renormalizes(
+    absent: dict[int, list[str]], rule: str, options: dict[str, Any]
+) -> None:
+    """The weight of a merged client cannot tell that a client lacks a module."""
+    equal: dict[str, Any] = {"ranks": (4,) * 4, "alphas": (8,) * 4, "weights": (1, 2, 3, 4)}
+    round_ = draw(common_a=True, absent=absent, **equal)
+    clients, same = round_.adapters, {"rule": rule, "absent": "renormalize", **options}
+    if absent:
+        with pytest.raises(
+            flk.AdapterError, match=r"^client 1 \(site-1\), module layers.0.down: is mis"
+        ):
+            flk.merge(clients[:3], weights=[1, 2, 3], **same)
+        return
+    low = flk.merge(clients[:3], weights=[1, 2, 3], dtype=torch.float64, **same)
+    root, flat = (
+        flk.aggregate(adapters, weights=weights, dtype=torch.float64, **same)
+        for adapters, weights in (
+            ([low.adapter, clients[3]], [low.weight, 4]),
+            (clients, round_.weights),
+        )
+    )
+    for module in round_.modules:
+        gap = norm(update(root.adapter, module) - update(flat.adapter, module))
+        assert_within(torch.tensor(gap), room(round_, module), f"{rule}, {module}")
+
+
+def with_magnitudes(adapter: flk.Adapter, seed: int) -> flk.Adapter:
+    """The same client, of DoRA."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"base_model.model.{module}.lora_magnitude_vector": torch.rand(m, generator=generator)
+        for module, (m, _) in SIZES.items()
+    }
+    config = {**adapter.config, "use_dora": True}
+    return flk.Adapter.from_state_dict({**adapter.state_dict(), **tensors}, config)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in (*WHOLE, *MEANS) if rule != "flora"])
+def test_a_tree_of_dora(rule: str) -> None:
+    """The mean of the nodes' mean magnitudes is the mean of all; of FedSA they stay behind."""
+    drawn = draw(common_a=True, ranks=(4,) * 4, alphas=(8,) * 4, weights=(1, 2, 3, 4))
+    clients = [with_magnitudes(adapter, k) for k, adapter in enumerate(drawn.adapters)]
+    options: dict[str, Any] = {"rule": rule, **WHOLE.get(rule, MEANS.get(rule, {}))}
+    with pytest.raises(flk.AdapterError, match="magnitudes='average'"):
+        flk.merge(clients, **options)
+    asked: dict[str, Any] = {"magnitudes": "average", "dtype": torch.float64, **options}
+    nodes = [
+        flk.merge(clients[part], weights=drawn.weights[part], **asked)
+        for part in (slice(3), slice(3, 4))
+    ]
+    adapters, weights = zip(*nodes, strict=True)
+    root = flk.aggregate(adapters, weights=weights, **asked).adapter.factors
+    flat = flk.aggregate(clients, weights=drawn.weights, **asked).adapter.factors
+    for module, item in flat.items():
+        found, wanted = (x.magnitude for x in (root[module], item))
+        assert found is wanted is None if rule == "fedsa" else torch.allclose(found, wanted)
+        gap = norm(
+            root[module].b @ root[module].a * root[module].scaling - item.b @ item.a * item.scaling
+        )
+        assert_within(torch.tensor(gap), room(drawn, module), f"{rule}, {module}")
