@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from fedlora_kernels import rules
 from fedlora_kernels._delivery import Delivery
 from fedlora_kernels._processes import Processes
 from fedlora_kernels.adapters import extras, folder, peft_format
@@ -416,15 +415,13 @@ def refuse_kinds(clients: Sequence[Adapter], rule: Rule) -> None:
     """Refuse adapters of a kind that the rule cannot aggregate."""
     for index, client in enumerate(clients):
         if client.vera and "VERA" not in rule.aggregates:
-            kinds = rules.registry.kinds.items()
-            able = [name for name, kind in kinds if "VERA" in kind.aggregates]
+            able = [kind.name for kind in Rule.kinds() if "VERA" in kind.aggregates]
             raise AdapterError(
                 f"{label(index, client.name)}: VeRA vectors, which rule {rule.name!r} cannot "
                 f"aggregate; use {', '.join(able)}"
             )
         if dora.used([client]) and rule.after == "merge":
-            kinds = rules.registry.kinds.items()
-            able = [name for name, kind in kinds if kind.after != "merge"]
+            able = [kind.name for kind in Rule.kinds() if kind.after != "merge"]
             raise AdapterError(
                 f"{label(index, client.name)}: found DoRA, and rule {rule.name!r} adds updates to "
                 "the base, which with DoRA rescales the whole weight instead; use "

@@ -86,8 +86,7 @@ def merge(
     chosen = rules.make(rule, **options)
     merging = chosen.merging
     if merging is None:
-        kinds = rules.registry.kinds.items()
-        able = [name for name, kind in kinds if kind.merging is not Rule.merging]
+        able = [kind.name for kind in Rule.kinds() if kind.merging is not Rule.merging]
         raise ValueError(
             f"{chosen!r} cannot work on merged clients, its result depends on each of them; rules "
             f"that can, with some or all options: {', '.join(sorted(able))}"

@@ -6,7 +6,7 @@ file. A :class:`Registry` reads the folder. torch is imported when an object com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from pkgutil import iter_modules
@@ -41,6 +41,13 @@ class Named:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = cls.__dict__.get("name", cls.__module__.rpartition(".")[2])
+
+    @classmethod
+    def kinds(cls: type[N]) -> Iterator[type[N]]:
+        """All subclasses that there are."""
+        for kind in cls.__subclasses__():
+            yield kind
+            yield from kind.kinds()
 
     @classmethod
     def options(cls) -> Mapping[str, Option]:

@@ -196,7 +196,7 @@ def aggregate(
             )
     if not processes.first:
         return
-    with screen.working(f"Writing {out}"), bad_input():  # the report takes a pass of its own
+    with screen.working(f"Writing {out}"):
         _save(result, out)
     seconds = time.perf_counter() - start
 
@@ -283,8 +283,12 @@ def _call(
 def _save(result: "Aggregation", out: str) -> None:
     from safetensors import SafetensorError
 
+    from fedlora_kernels.adapters.error import AdapterError
+
     try:
         result.save(out)
+    except AdapterError as error:  # the report takes a pass of its own
+        raise BadInput(str(error)) from error
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk its own way
         raise BadInput(f"{out} cannot be written: {error}") from error
 

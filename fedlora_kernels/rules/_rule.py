@@ -283,10 +283,7 @@ class Rule(Named):
         self, who: str, module: str, rank: int, whose: str, expected: int
     ) -> AdapterError:
         """The error of a rule that averages factors of one rank."""
-        from fedlora_kernels import rules  # which reads the files that import this one
-
-        kinds = rules.registry.kinds.items()
-        *some, last = (name for name, kind in kinds if kind.heterogeneous)
+        *some, last = (kind.name for kind in Rule.kinds() if kind.heterogeneous)
         return AdapterError(
             f"{who}, module {module}: rank {rank}, expected {expected} as in {whose}: {self.name} "
             f"averages factors of equal rank; use {', '.join(some)} or {last} for clients of "
