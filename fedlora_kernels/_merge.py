@@ -107,7 +107,7 @@ def merge(
         scratch=scratch,
     )
     if chosen.of_holders or absent == "renormalize":
-        _refuse_absent(round_.clients, chosen)
+        _refuse_absent(round_.clients)
     result = round_.aggregate(merging, dtype=dtype or _dtype(round_.clients), heads=chosen.heads)
     total = len(round_.clients) if weights is None else sum(map(float, weights))
     return Merged(result.adapter, float(total))
@@ -119,7 +119,7 @@ def _dtype(clients: Sequence[Adapter]) -> torch.dtype:
     return reduce(torch.promote_types, found, torch.float32)
 
 
-def _refuse_absent(clients: Sequence[Adapter], rule: Rule) -> None:
+def _refuse_absent(clients: Sequence[Adapter]) -> None:
     """One weight stands for all modules of a node, so that none may have fewer clients."""
     for index, modules in agreement.absent(clients).items():
         raise AdapterError(

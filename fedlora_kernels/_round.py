@@ -11,7 +11,7 @@ Batches of modules are the outermost loop, so memory does not grow with the laye
 taken when something needs its result: a rule that only averages computes no Gram matrix.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -240,18 +240,12 @@ class Round:
         Raises:
             AdapterError: as :attr:`Grams.matrices` does, or a squared norm overflows float64.
         """
+        every: Iterable[Grams] = self.grams
+        if self._precision != "exact":  # a distance is a small difference of large Gram entries
+            every = (grams_of(grams.batch) for grams in self.grams)
         with self._processes.alike():
-            own = products(self._exactly(), len(self.clients))
+            own = products(self.read(every), len(self.clients))
         return Updates.summed(self._processes.everywhere(own), self._labels)
-
-    def _exactly(self) -> Iterator[Grams]:
-        """The batches by float64 sums: a distance is a small difference of large Gram entries."""
-        if self._precision == "exact":
-            yield from self.read()
-            return
-        for grams in self.grams:
-            yield grams_of(grams.batch)
-            grams.batch.forget()
 
     def client_products(self) -> dict[str, torch.Tensor]:
         """Module -> ``<dW_j, dW_k>`` of the clients' updates of this module, [K,K] float64 on the
@@ -333,7 +327,7 @@ class Round:
             raise ValueError("inspect() works in one process, found a round with group=")
         return inspection(self.clients, self.weights, self.read(), energies)
 
-    def read(self, every: Sequence[Grams] | None = None) -> Iterator[Grams]:
+    def read(self, every: Iterable[Grams] | None = None) -> Iterator[Grams]:
         """The batches, the round's own when None, one after the other. What one computed is
         forgotten when the next is asked for, unless there is room for it in KEPT.
         """

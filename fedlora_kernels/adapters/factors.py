@@ -157,10 +157,6 @@ def fitted(module: str, update: Factors | None, target: Factors) -> Factors:
     elif ratio != 1.0:
         b = (b.double() * ratio).to(b.dtype)
     b, a = b.to(target.b), a.to(target.a)
-    if not (all_finite(b) and all_finite(a)):
-        raise AdapterError(
-            f"module {module}: the update overflows {target.b.dtype} at scaling {target.scaling:g}"
-        )
     if a.shape[0] < rank:
         spare = rank - a.shape[0]
         b = torch.cat([b, b.new_zeros(b.shape[0], spare)], dim=1)
@@ -175,4 +171,8 @@ def fitted(module: str, update: Factors | None, target: Factors) -> Factors:
     magnitude = target.magnitude
     if magnitude is not None and update.magnitude is not None:
         magnitude = update.magnitude.to(magnitude)
+    if not all(all_finite(x) for x in (b, a, bias, magnitude) if x is not None):
+        raise AdapterError(
+            f"module {module}: the update overflows {target.b.dtype} at scaling {target.scaling:g}"
+        )
     return replace(target, b=b, a=a, bias=bias, magnitude=magnitude, finite_at=-1)

@@ -419,8 +419,10 @@ class Exchange:
 
         owners = sorted(self._own.values(), key=lambda own: -own.bytes)
         wanted = shapes(self.arrays)
-        own = next((own for own in owners if shapes(own.state_dict()) == wanted), owners[0])
-        same = {id(x): x for x in owners if shapes(x.state_dict()) == shapes(own.state_dict())}
+        of_each = [shapes(own.state_dict()) for own in owners]
+        if wanted not in of_each:
+            wanted = of_each[0]
+        same = {id(own): own for own, its in zip(owners, of_each, strict=True) if its == wanted}
         own, made = self._first_fitted(list(same.values()))
         tensors = {**self.arrays, **made.state_dict()}  # DoRA's magnitudes: as in the beginning
         return {key: tensors.get(key, value) for key, value in own.state_dict().items()}

@@ -259,12 +259,12 @@ class LoraAggregator(ModelAggregator, RuleServer[str]):  # type: ignore[misc]
             float(model.meta[self.weighted_by_key]) if weighs else 1.0 for model in taken.values()
         ]
         total = math.fsum(weights)
-        numbers = [{key for key, x in each.items() if _is_number(x)} for each in found]
+        names = [{key for key, x in each.items() if _is_number(x)} for each in found]
         if not total > 0:
             return {}
         return {
             key: math.fsum(w * float(x[key]) for w, x in zip(weights, found, strict=True)) / total
-            for key in sorted(set.intersection(*numbers))
+            for key in sorted(set.intersection(*names))
         }
 
 

@@ -249,6 +249,23 @@ def test_fit_refuses_an_update_that_overflows(
         flk.Adapter(factors, adapter.config).fit(template)
 
 
+@pytest.mark.parametrize("beside", ["bias", "magnitude"])
+def test_fit_refuses_what_overflows_beside_the_factors(beside: str) -> None:
+    adapter, template = (one_client(4, alpha=4, dtype=x) for x in (torch.float32, torch.float16))
+    large, small = (
+        flk.Adapter(
+            {
+                name: replace(x, **{beside: torch.full((len(x.b),), value, dtype=x.b.dtype)})
+                for name, x in one.factors.items()
+            },
+            one.config,
+        )
+        for one, value in ((adapter, 1e6), (template, 1.0))
+    )
+    with pytest.raises(flk.AdapterError, match=r"^module .*: the update overflows torch.float16"):
+        large.fit(small)
+
+
 def test_fit_refuses_other_modules_and_sizes() -> None:
     adapter = one_client()
     fewer = draw(ranks=(4,), alphas=(8,), weights=(1,), sizes={"layers.0.attn.q": (24, 17)})

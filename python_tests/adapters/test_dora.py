@@ -57,9 +57,10 @@ def base_of(case):
 
 def trained(case, seed, **changes):
     """A client's model: A is common, as the rules that fix it expect."""
-    torch.manual_seed(7)
     config = LoraConfig(**{"r": 2, "lora_alpha": 3, "use_dora": True, **CASES[case][1], **changes})
-    model = get_peft_model(copy.deepcopy(base_of(case)), config)
+    base = copy.deepcopy(base_of(case))  # which draws, the first time
+    torch.manual_seed(7)
+    model = get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_embedding_A" in name:

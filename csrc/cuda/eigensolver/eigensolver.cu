@@ -19,7 +19,6 @@ namespace fedlora::cuda {
 namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
-constexpr int kLeastExponent = -1020;  // 2^1020 is still finite
 
 // Up to which rank Jacobi is used where the vendor's solver could be. Predicted for 224 modules at
 // R = 320: 36 ms in clusters, 10 to 30 by the vendor's solver.

@@ -22,6 +22,8 @@ namespace fedlora::cuda {
 // Rounding of M was seen to reach 0.4 R eps of the larger of trace and size.
 constexpr double kShift = 4;
 
+constexpr int kLeastExponent = -1020;  // of the scale of M: 2^1020 is still finite
+
 struct Eigenproblem {
   int64_t modules;
   int64_t rank;          // R, the rows that memory is laid out for

@@ -40,7 +40,6 @@ constexpr double kPart = 1 - 1e-9;   // of the energy: residuals cannot tell the
 constexpr double kConverged = 1e-8;  // residual over (Th_1 Th_i)^1/2: results err by its square
 constexpr double kDependent = 64;    // times R eps: the share of a vector under which it is none
 constexpr double kOnce = 0.1;        // pivots after which one orthonormalization is enough
-constexpr int kLeastExponent = -1020;
 
 struct Task {
   int rank;
