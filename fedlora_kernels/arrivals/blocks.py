@@ -7,7 +7,9 @@ last one has come. A module that is wide by then needs no more of them: the resu
 factors themselves.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -69,19 +71,27 @@ class Arrived(Round):
             return super()._of(batch)
         return Joined(batch, self)
 
-    def matrices(self, batch: Batch, side: str) -> Tensor:
-        """G_B or G_A of a batch: [L,R,R]."""
+    def matrices(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """G_B and G_A of a batch: [L,R,R] each."""
         stacked_rank = sum(batch.ranks)
-        whole = torch.empty(len(batch.modules), stacked_rank, stacked_rank, dtype=torch.float64)
-        for module, matrix in zip(batch.modules, whole, strict=True):
+        size = (2, len(batch.modules), stacked_rank, stacked_rank)
+        whole = torch.empty(size, dtype=torch.float64)
+
+        def put(name: str, matrix: Tensor) -> None:
             start = 0
             for k, rank in zip(batch.clients, batch.ranks, strict=True):
                 end = start + rank
-                row = self._blocks[k][side + module]
+                row = self._blocks[k][name]
                 matrix[start:end, :end] = row
                 matrix[:start, start:end] = row[:, :start].mT
                 start = end
-        return whole.to(batch.device)
+
+        # Most of the time goes to the pages that are touched for the first time.
+        names = [side + module for side in (B, A) for module in batch.modules]
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            deque(threads.map(put, names, whole.flatten(0, 1)), maxlen=0)
+        b, a = whole.to(batch.device)
+        return b, a
 
 
 class Joined(Grams):
@@ -92,8 +102,7 @@ class Joined(Grams):
         self._arrived = arrived
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        b, a = (self._arrived.matrices(self.batch, side) for side in (B, A))
-        return b, a
+        return self._arrived.matrices(self.batch)
 
 
 def row(

@@ -22,7 +22,7 @@ def stack(tensors: Sequence[Tensor], modules: int, rows: bool) -> Tensor:
 
 
 def moved(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in this dtype on this device, those that are not there copied together.
+    """The tensors in this dtype on this device, those that travel to it copied together.
 
     Tensors of one shape and dtype on the CPU are stacked, in memory that is pinned where the device
     is a GPU, and travel in pieces of about STAGE_BYTES. The results are views of the pieces. A GPU
@@ -31,7 +31,7 @@ def moved(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -
     result = list(tensors)
     alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
-        if tensor.device.type == "cpu" and (tensor.device, tensor.dtype) != (device, dtype):
+        if tensor.device.type == "cpu" and device.type != "cpu":
             alike.setdefault((tensor.shape, tensor.dtype), []).append(place)
     for (shape, own), places in alike.items():
         each = max(1, shape.numel() * own.itemsize)

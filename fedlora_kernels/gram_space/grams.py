@@ -20,8 +20,9 @@ from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.gram_space.batches import Batch
 from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
 
-RUN = 16
-"""Ranks whose inner products are summed up by client at once: a client or more."""
+RUN = 1 << 16
+"""Entries of a module's matrices that are summed up by client at once, 512 KiB: in whole clients,
+so one client may have more."""
 TILE = 1 << 18
 """Entries of a matrix that are looked at together, 2 MiB: large matrices leave no copies."""
 
@@ -266,15 +267,19 @@ class Grams:
         A run of clients against those before it at a time: half of the matrices is read.
         """
         (b, a), membership = self.matrices, self.membership
-        found = b.new_zeros(len(self.modules), len(self.ranks), len(self.ranks))
+        rows = b.new_zeros(len(self.modules), len(self.ranks), self.stacked_rank)
         first = start = 0
         for last, end in enumerate(accumulate(self.ranks)):
-            if end - start >= RUN or end == self.stacked_rank:
-                place = (slice(None), slice(start, end), slice(end))
-                by_client = (b[place] * a[place]) @ membership[:end]
-                own = membership[start:end, first : last + 1]
-                found[:, first : last + 1] = own.mT @ by_client
+            if (end - start) * self.stacked_rank >= RUN or end == self.stacked_rank:
+                place, run = (slice(None), slice(start, end), slice(end)), slice(first, last + 1)
+                entries = b[place] * a[place]
+                if len(set(self.ranks[run])) == 1:
+                    of_clients = entries.unflatten(1, (-1, self.ranks[first])).sum(2)
+                else:
+                    of_clients = membership[start:end, run].mT @ entries
+                rows[:, run, :end] = of_clients
                 first, start = last + 1, end
+        found = rows @ membership
         whole = found.tril() + found.tril(-1).mT
         return self.scalings[:, :, None] * whole * self.scalings[:, None, :]
 
