@@ -26,7 +26,7 @@ from benchmarks.stand.device import Device, versions
 from benchmarks.stand.revision import Revision, RevisionError
 from benchmarks.stand.roofline import Roofline
 from benchmarks.stand.sheet import Sheet, measure
-from benchmarks.stand.suite import Make, Setting, Study, Suite, found
+from benchmarks.stand.suite import Make, Setting, Study, Suite, found, named
 
 ANOTHER_PROCESS = 75
 """The exit status after which a new process can go on: an error of a kernel stays with its own."""
@@ -101,7 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="name the suites")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="comparisons whose label has this text"
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="comparisons, or parts of a study, whose name has one of these texts",
     )
     parser.add_argument(
         "--base", metavar="GITREF", help="build this revision of the library and measure it too"
@@ -131,13 +135,15 @@ def _chosen(suites: Mapping[str, Suite | Study], asked: Sequence[str]) -> list[S
     return [suite for name, suite in suites.items() if name in wanted]
 
 
-def _comparisons(suite: Suite, device: Device, tiny: bool, only: str) -> dict[str, Make]:
+def _comparisons(suite: Suite, device: Device, tiny: bool, only: Sequence[str]) -> dict[str, Make]:
     if tiny and suite.tiny is None:
         raise SystemExit(f"suite {suite.name} has no --tiny inputs")
     made = (suite.tiny if tiny and suite.tiny else suite.comparisons)(device)
-    chosen = {label: make for label, make in made.items() if only in label}
+    chosen = {label: make for label, make in made.items() if named(label, only)}
     if not chosen:
-        raise SystemExit(f"suite {suite.name} has no comparison with {only!r} in its label")
+        raise SystemExit(
+            f"suite {suite.name} has no comparison with {' or '.join(only)} in its label"
+        )
     return chosen
 
 
@@ -149,7 +155,7 @@ def _study(study: Study, device: Device, options: argparse.Namespace, console: C
     if options.base is not None:
         raise SystemExit(f"--base compares suites; {study.name} is a study")
     roofline = _roofline(device, options.tiny)
-    content = study.measure(Setting(device, roofline, options.tiny, console))
+    content = study.measure(Setting(device, roofline, options.tiny, console, options.only))
     refused = content.pop("failed")
     if options.results is not None:
         document = results.document(study.name, device, roofline, content)

@@ -65,6 +65,8 @@ class Setting:
     roofline: Roofline
     tiny: bool
     console: Console
+    only: Sequence[str] = ("",)
+    """which parts, of a study that has parts: those whose name has one of these texts"""
 
 
 @lru_cache(maxsize=1)
@@ -82,6 +84,11 @@ def on_cases(
         return lambda device: compare(drawn(case, device))
 
     return lambda _: {str(case): of(case) for case in cases}
+
+
+def named(label: str, only: Sequence[str]) -> bool:
+    """Whether the label has one of these texts."""
+    return any(text in label for text in only)
 
 
 def found() -> dict[str, Suite | Study]:

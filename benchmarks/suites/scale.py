@@ -2,9 +2,11 @@
 
     TMPDIR=/a/disk python -m benchmarks.run --suite scale --threads 2 --results benchmarks/results
 
+With ``--only`` the parts are those named, by the names in ``PARTS``, and the file has no others.
+
 1. 1,000 clients of rank 16 with 64 modules of 4096 x 4096, bf16: 17 GB of files, R = 16,000. Each
    rule aggregates under a memory limit. The products are compared with the best of their rank.
-2. The first 100 of them through a Stream: ``result()`` after the last ``add``, beside aggregate.
+2. 100 such clients through a Stream: ``result()`` after the last ``add``, beside aggregate.
 3. FedIT's report at R = 1600, beside the spectrum of the R x R matrices, which it once needed.
 4. Growth with the clients, their rank and the modules.
 5. The same round in 1, 2, 4, ... processes of one group, which share the threads out.
@@ -35,7 +37,7 @@ import fedlora_kernels as flk
 from benchmarks.stand import clients
 from benchmarks.stand.roofline import Roofline, Work
 from benchmarks.stand.shapes import Case, equal
-from benchmarks.stand.suite import Setting, Study
+from benchmarks.stand.suite import Setting, Study, named
 
 RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fedit", {}),
@@ -47,7 +49,7 @@ TOLERANCE = 1e-6
 """Of the relative error above the optimum of the rank; results are float32 for this reason."""
 
 MANY = Case("Llama-2-7B", "q_proj", equal(1000, 16), modules=64, dtype=torch.bfloat16)
-ARRIVING = 100
+ARRIVING = replace(MANY, ranks=equal(100, 16))
 REPORTED = Case("TinyLlama-1.1B", "q_proj", equal(100, 16), modules=1, dtype=torch.bfloat16)
 BASE = replace(MANY, size=(1024, 1024), ranks=equal(32, 16), modules=4)
 TINY = replace(MANY, size=(48, 40), ranks=equal(40, 16), modules=2)
@@ -259,14 +261,27 @@ def floor(case: Case, rule: str, roofline: Roofline) -> float:
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """All five parts."""
-    threads, say = setting.device.threads, setting.console.print
+    """The parts that are asked for."""
+    chosen = {name: part for name, part in PARTS.items() if named(name, setting.only)}
+    if not chosen:
+        raise SystemExit(f"scale has these parts: {', '.join(PARTS)}")
     case = TINY if setting.tiny else MANY
-    failed = False
+    content: dict[str, Any] = {"case": str(case), "memory_limit": MEMORY_LIMIT, "failed": False}
+    for name, part in chosen.items():
+        content[name] = part(setting)
+    if "many" in content:
+        gaps = (row.get("above_optimum", 0.0) for row in content["many"]["rows"])
+        content["failed"] = any(abs(gap) > TOLERANCE for gap in gaps)
+    return content
+
+
+def many(setting: Setting) -> dict[str, Any]:
+    """All clients at once, under each rule."""
+    case, threads = TINY if setting.tiny else MANY, setting.device.threads
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         where = Path(name)
         folders = clients.write(where, case)
-        many = []
         for rule, options in RULES:
             out = where / rule
             row = {"rule": rule, **alone(threads, one_shot, folders, rule, options, out)}
@@ -276,39 +291,53 @@ def measure(setting: Setting) -> dict[str, Any]:
                 layers = range(0, case.modules, max(1, case.modules // SAMPLED))
                 gaps = [above_optimum(folders, out, layer) for layer in layers]
                 row["above_optimum"] = max(gaps, key=abs)
-                failed |= abs(row["above_optimum"]) > TOLERANCE
-            many.append(row)
-            say(row)
-        some = folders[:ARRIVING]
-        arrivals = []
-        for rule, options in RULES[:2]:
-            whole = alone(threads, one_shot, some, rule, options, where / f"some-{rule}")
-            row = {"rule": rule, **whole}
-            row |= alone(threads, streamed, some, rule, options, where / f"state-{rule}")
-            row["result_over_aggregate"] = row["result_seconds"] / row["aggregate_seconds"]
-            arrivals.append(row)
-            say(row)
-    with tempfile.TemporaryDirectory() as name:
-        shape = replace(TINY, modules=1) if setting.tiny else REPORTED
-        report = alone(threads, reported, clients.write(Path(name), shape))
-        say(report)
-    base, doublings = (TINY, 1) if setting.tiny else (BASE, 6)
-    growth = [walked(curve, threads, say) for curve in curves(base, doublings)]
-    shared = TINY if setting.tiny else SHARED
+            rows.append(row)
+            setting.console.print(row)
     return {
-        "case": str(case),
         "clients": case.clients,
         "stacked_rank": case.stacked_rank,
-        "arriving": len(some),
         "file_bytes": clients.folder_bytes(case),
-        "memory_limit": MEMORY_LIMIT,
-        "many": many,
-        "arrivals": arrivals,
-        "report": report,
-        "growth": growth,
-        "processes": shared_out(shared, threads, say),
-        "failed": failed,
+        "rows": rows,
     }
+
+
+def arrivals(setting: Setting) -> dict[str, Any]:
+    """Clients through a Stream, beside aggregate."""
+    case, threads = TINY if setting.tiny else ARRIVING, setting.device.threads
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        where = Path(name)
+        folders = clients.write(where, case)
+        for rule, options in RULES[:2]:
+            whole = alone(threads, one_shot, folders, rule, options, where / f"out-{rule}")
+            row = {"rule": rule, **whole}
+            row |= alone(threads, streamed, folders, rule, options, where / f"state-{rule}")
+            row["result_over_aggregate"] = row["result_seconds"] / row["aggregate_seconds"]
+            rows.append(row)
+            setting.console.print(row)
+    return {"clients": case.clients, "rows": rows}
+
+
+def report(setting: Setting) -> dict[str, Any]:
+    """FedIT's report of one module."""
+    case = replace(TINY, modules=1) if setting.tiny else REPORTED
+    with tempfile.TemporaryDirectory() as name:
+        found = alone(setting.device.threads, reported, clients.write(Path(name), case))
+    setting.console.print(found)
+    return dict(found)
+
+
+def growth(setting: Setting) -> list[dict[str, Any]]:
+    """FLoRIST along each axis."""
+    base, doublings = (TINY, 1) if setting.tiny else (BASE, 6)
+    threads, say = setting.device.threads, setting.console.print
+    return [walked(curve, threads, say) for curve in curves(base, doublings)]
+
+
+def processes(setting: Setting) -> dict[str, Any]:
+    """One round in several processes."""
+    threads, say = setting.device.threads, setting.console.print
+    return shared_out(TINY if setting.tiny else SHARED, threads, say)
 
 
 def walked(curve: Curve, threads: int, say: Callable[[Any], None]) -> dict[str, Any]:
@@ -343,4 +372,11 @@ def shared_out(case: Case, threads: int, say: Callable[[Any], None]) -> dict[str
     return {"case": str(case), "clients": case.clients, "points": points}
 
 
+PARTS: dict[str, Callable[[Setting], Any]] = {
+    "many": many,
+    "arrivals": arrivals,
+    "report": report,
+    "growth": growth,
+    "processes": processes,
+}
 SUITE = Study("scale", measure, published=False)
