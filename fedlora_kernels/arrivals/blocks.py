@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ class Arrived(Round):
         magnitudes: str | None,
     ) -> None:
         self._folders = blocks
+        self._memory = torch.empty(0, dtype=torch.float64)
         super().__init__(
             adapters,
             weights=weights,
@@ -72,10 +74,14 @@ class Arrived(Round):
         return Joined(batch, self)
 
     def matrices(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """G_B and G_A of a batch: [L,R,R] each."""
+        """G_B and G_A of a batch, [L,R,R] each, until those of another batch are asked for: they
+        lie where the last ones did, since touching new memory takes as long as filling it.
+        """
         stacked_rank = sum(batch.ranks)
         size = (2, len(batch.modules), stacked_rank, stacked_rank)
-        whole = torch.empty(size, dtype=torch.float64)
+        if self._memory.numel() < prod(size):
+            self._memory = torch.empty(prod(size), dtype=torch.float64)
+        whole = self._memory[: prod(size)].view(size)
 
         def put(name: str, matrix: Tensor) -> None:
             start = 0
@@ -86,7 +92,6 @@ class Arrived(Round):
                 matrix[:start, start:end] = row[:, :start].mT
                 start = end
 
-        # Most of the time goes to the pages that are touched for the first time.
         names = [side + module for side in (B, A) for module in batch.modules]
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             deque(threads.map(put, names, whole.flatten(0, 1)), maxlen=0)
