@@ -1,22 +1,28 @@
-"""Leading eigenpairs of one large positive semidefinite matrix S [d,d], proved to be the leading.
+"""Leading eigenpairs of a large Gram matrix S = F^T F, F [c,d], proved to be the leading.
 
     V = [Q_1 Q_2 ...],  Q_1 random,  Q_{j+1} R_j = S Q_j - V V^T S Q_j     block Krylov space
-    H = V^T S V = W diag(theta) W^T                                        Ritz values
+    H = V^T S V = W diag(theta) W^T                          k Ritz values, one for each column of V
 
 Ritz values never exceed the eigenvalues. When p of them hold the energy that is wanted, or are as
 many as are wanted, and their residuals are small, either of two bounds proves that no larger
 eigenvalue was missed:
 
-    trace(S) - sum_{i<=p} theta_i <= theta_p                      the known trace
+    trace(S) - sum_{i<=k} theta_i + theta_{p+1} <= theta_p        the known trace, ||F||^2
     mu I - (S - V_p Theta_p V_p^T) has a Cholesky factorization   all its eigenvalues are positive
 
-with mu a rounding above theta_p. The second takes d^3 / 3 multiplications and needs no gap behind
-theta_p. Where neither holds before a quarter of the dimension, the whole matrix is decomposed.
+The first is about S without the p pairs, whose trace is known and whose Ritz values are the other
+k - p: no eigenvalue of it is larger than what is left of the trace beside all of those but the
+largest. In the second, mu is a rounding above theta_p. It takes d^3 / 3 multiplications, needs no
+gap behind theta_p, and is what S is formed for; the products S Q are F^T (F Q) until then. Where
+neither holds before a quarter of the dimension, the whole matrix is decomposed.
 """
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fedlora_kernels import ops
 from fedlora_kernels.ops._spectrum import negligible
 
 SMALL = 256
@@ -32,34 +38,56 @@ ATTEMPTS = 4
 """Cholesky factorizations at most: together a tenth of the whole decomposition."""
 
 
-def leading_eigenpairs(matrix: Tensor, wanted: float, cap: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [p] descending and eigenvectors [d,p] of a symmetric matrix [d,d] float64.
+class Square:
+    """S = F^T F, [d,d]: formed when something asks for its entries."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self.factor = factor
+        self.trace = float(torch.linalg.vector_norm(factor).square())
+
+    def __len__(self) -> int:
+        return self.factor.shape[1]
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """S."""
+        found: Tensor = ops.gram(self.factor[None], rows=False)
+        return found[0]
+
+    def __matmul__(self, block: Tensor) -> Tensor:
+        if "matrix" in self.__dict__:
+            return self.matrix @ block
+        return self.factor.mT @ (self.factor @ block)
+
+
+def leading_eigenpairs(factor: Tensor, energy: float, cap: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [p] descending and eigenvectors [d,p] of S = F^T F.
 
     Args:
-        matrix: positive semidefinite to rounding.
-        wanted: the sum of eigenvalues after which no more are needed.
+        factor: F, [c,d] float64 with c >= d.
+        energy: the share of the trace after which no more are needed.
         cap: how many are needed at most.
     """
-    size = len(matrix)
-    trace = float(matrix.trace())
+    square = Square(factor)
+    size, wanted = len(square), energy * square.trace
     # The residuals cannot tell the last 1e-9 of the energy apart.
-    part = cap <= size // 4 or wanted < (1 - CONVERGED) * trace
-    if size > SMALL and part and trace > 0:
-        found = _krylov(matrix, trace, wanted, min(cap, size))
+    part = cap <= size // 4 or energy < 1 - CONVERGED
+    if size > SMALL and part and square.trace > 0:
+        found = _krylov(square, wanted, min(cap, size))
         if found is not None:
             return found
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = torch.linalg.eigh(square.matrix)
     return values.flip(0), vectors.flip(1)
 
 
-def _krylov(matrix: Tensor, trace: float, wanted: float, cap: int) -> tuple[Tensor, Tensor] | None:
+def _krylov(square: Square, wanted: float, cap: int) -> tuple[Tensor, Tensor] | None:
     """Certified pairs, or None."""
-    size = len(matrix)
+    size = len(square)
     limit = size // 4 // BLOCK * BLOCK
-    basis, image = (matrix.new_empty(size, limit) for _ in range(2))
-    inner = matrix.new_zeros(limit, limit)
+    basis, image = (square.factor.new_empty(size, limit) for _ in range(2))
+    inner = square.factor.new_zeros(limit, limit)
     generator = torch.Generator().manual_seed(0)  # the same bits in every run
-    block = torch.randn(size, BLOCK, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    block = torch.randn(size, BLOCK, generator=generator, dtype=basis.dtype).to(basis.device)
     attempts = 0
     for begin in range(0, limit, BLOCK):
         end = begin + BLOCK
@@ -67,7 +95,7 @@ def _krylov(matrix: Tensor, trace: float, wanted: float, cap: int) -> tuple[Tens
         for _ in range(2 if begin else 1):  # what is left after the first pass may be rounding
             block = torch.linalg.qr(block - space @ (space.mT @ block)).Q
         basis[:, begin:end] = block
-        image[:, begin:end] = block = matrix @ block
+        image[:, begin:end] = block = square @ block
         inner[:end, begin:end] = basis[:, :end].mT @ block
         inner[begin:end, :end] = inner[:end, begin:end].mT
         reached = float(inner.diagonal()[:end].sum()) >= wanted
@@ -79,22 +107,28 @@ def _krylov(matrix: Tensor, trace: float, wanted: float, cap: int) -> tuple[Tens
         count = min(cap, short + 1)
         if count > end:
             continue
-        theta, rotation = theta[:count], rotation[:, :count]
+        found, rotation = theta[:count], rotation[:, :count]
         vectors = basis[:, :end] @ rotation
-        residual = torch.linalg.vector_norm(image[:, :end] @ rotation - vectors * theta, dim=0)
+        residual = torch.linalg.vector_norm(image[:, :end] @ rotation - vectors * found, dim=0)
         if float(residual.max()) > CONVERGED * float(theta[0]):
             continue
-        if _all_known(trace, theta, size) or _none_missed(matrix, theta, vectors):
-            return theta, vectors
+        if _all_known(square.trace, theta, count, size) or _none_missed(
+            square.matrix, found, vectors
+        ):
+            return found, vectors
         attempts += 1
         if attempts == ATTEMPTS:
             break
     return None
 
 
-def _all_known(trace: float, theta: Tensor, size: int) -> bool:
-    """Whether what the trace leaves is no more than the last Ritz value."""
-    return trace - float(theta.sum()) <= float(theta[-1]) + negligible(size) * trace
+def _all_known(trace: float, theta: Tensor, count: int, size: int) -> bool:
+    """Whether what the trace leaves lets no eigenvalue be above the last of `count` pairs; theta
+    are all Ritz values.
+    """
+    others = float(theta[count:].sum() - theta[count : count + 1].sum())
+    above = trace - float(theta[:count].sum()) - others
+    return above <= float(theta[count - 1]) + negligible(size) * trace
 
 
 def _none_missed(matrix: Tensor, theta: Tensor, vectors: Tensor) -> bool:

@@ -4,7 +4,7 @@ R x R matrices would be larger than the update dW = B D A itself, so the work is
 of dW's smaller side, of d = min(m, n) dimensions:
 
     dW = sum over runs of clients of (B D)_run A_run     [m,n] float64, widened a run at a time
-    S  = dW^T dW (n <= m) or dW dW^T                     d x d, eigenvectors V or U
+    S  = dW^T dW (n <= m) or dW dW^T                     leading eigenvectors V or U (leading.py)
     U = dW V Sigma^-1    or    V = dW^T U Sigma^-1
     X = D A V    Y = Sigma^-1 U^T B D                    B X = U Sigma    Y A = V^T
 
@@ -19,7 +19,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fedlora_kernels import ops
 from fedlora_kernels.gram_space.batches import Batch
 from fedlora_kernels.gram_space.grams import Grams, Spectrum
 from fedlora_kernels.gram_space.leading import leading_eigenpairs
@@ -161,19 +160,17 @@ class OfUpdate(Spectrum):
         self._wide = wide
         self._scale = wide.scale[0] if scale is None else scale[0]
         self._update = wide.update if scale is None else wide.product(self._scale)
-        rows = wide.size[0] < wide.size[1]
-        small = ops.gram(self._update[None], rows=rows)
-        self.total_energy = small.diagonal(dim1=-2, dim2=-1).sum(-1)
-        dimension = small.shape[1]
+        self.total_energy = torch.linalg.vector_norm(self._update).square()[None]
+        rows, dimension = wide.size[0] < wide.size[1], min(wide.size)
         values, vectors = leading_eigenpairs(
-            small[0],
-            (energy - 4 * negligible(dimension)) * float(self.total_energy),
+            self._update.mT if rows else self._update,
+            energy - 4 * negligible(dimension),
             max_rank or dimension,
         )
         # Where clients cancel, lambda_1 itself is rounding of the much larger terms.
         least = torch.maximum(negligible(wide.stacked_rank) * values[:1], wide.noise)
         count = int((values > least).sum())
-        self.sigma = small.new_zeros(1, dimension)
+        self.sigma = values.new_zeros(1, dimension)
         self.sigma[0, :count] = values[:count].sqrt()
         self._vectors = vectors[:, :count].clone()
 

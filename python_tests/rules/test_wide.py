@@ -152,11 +152,12 @@ def test_a_stream_makes_no_blocks_of_wide_modules(tmp_path: Path) -> None:
 # ---- the leading eigenpairs --------------------------------------------------------------------
 
 
-def spectrum_of(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """A symmetric matrix with these eigenvalues."""
+def factor_of(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """F, with these eigenvalues of F^T F, twice as long as it is wide."""
     generator = torch.Generator().manual_seed(seed)
     vectors = orthonormal_columns(generator, len(values), len(values))
-    return (vectors * values) @ vectors.mT
+    left = orthonormal_columns(generator, 2 * len(values), len(values))
+    return (left * values.sqrt()) @ vectors.mT
 
 
 def shaped(head: list[float], tail: float, size: int = 320) -> torch.Tensor:
@@ -180,8 +181,9 @@ EIGENVALUES = {
 @pytest.mark.parametrize(("energy", "cap"), [(0.5, 320), (0.9, 320), (1.0, 3), (1.0, 320)])
 def test_leading_eigenpairs_are_those_of_the_whole(name: str, energy: float, cap: int) -> None:
     expected = EIGENVALUES[name]
-    matrix = spectrum_of(expected)
-    values, vectors = leading_eigenpairs(matrix, energy * float(expected.sum()), cap)
+    factor = factor_of(expected)
+    matrix = factor.mT @ factor
+    values, vectors = leading_eigenpairs(factor, energy, cap)
     count = len(values)
     noise = 64 * len(matrix) * EPS[torch.float64] * float(expected[0])
     assert count == len(expected) or count == cap or values.sum() >= energy * expected.sum()
@@ -193,14 +195,19 @@ def test_leading_eigenpairs_are_those_of_the_whole(name: str, energy: float, cap
 def test_a_missed_eigenvalue_is_seen() -> None:
     """Neither bound takes pairs for the leading ones when a larger one is left out."""
     values = EIGENVALUES["a tail that holds more than the last value"]
-    matrix = spectrum_of(values)
+    factor = factor_of(values)
+    matrix = factor.mT @ factor
     found, vectors = (x.flip(-1) for x in torch.linalg.eigh(matrix))
     trace = float(values.sum())
     assert leading._none_missed(matrix, found[:3], vectors[:, :3])
     assert not leading._none_missed(matrix, found[[0, 2]], vectors[:, [0, 2]])
-    assert not leading._all_known(trace, found[[0, 2]], len(matrix))
-    gap = spectrum_of(EIGENVALUES["a gap"])
-    assert leading._all_known(float(gap.trace()), torch.tensor([9.0, 5.0, 4.0]), len(gap))
+    assert not leading._all_known(trace, found[[0, 2]], 2, len(matrix))
+    without = torch.cat([found[:1], found[2:40]])
+    assert not leading._all_known(trace, without, 2, len(matrix))
+    gap = float(EIGENVALUES["a gap"].sum())
+    assert leading._all_known(gap, torch.tensor([9.0, 5.0, 4.0]), 3, len(matrix))
+    assert leading._all_known(gap, torch.tensor([9.0, 5.0, 4.0]), 1, len(matrix))
+    assert not leading._all_known(gap, torch.tensor([9.0]), 1, len(matrix)), "9 beside 9.3"
 
 
 def test_whole_decompositions_are_the_exception(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +215,6 @@ def test_whole_decompositions_are_the_exception(monkeypatch: pytest.MonkeyPatch)
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda x: (sizes.append(len(x)), eigh(x))[1])
     for name in ("a gap", "a tail that holds more than the last value"):
-        matrix = spectrum_of(EIGENVALUES[name])
-        leading_eigenpairs(matrix, float(matrix.trace()), 3)
-        assert max(sizes) < len(matrix) // 2
+        factor = factor_of(EIGENVALUES[name])
+        leading_eigenpairs(factor, 1.0, 3)
+        assert max(sizes) < factor.shape[1] // 2
