@@ -93,8 +93,9 @@ TEST_CASE("the leading part of a spectrum costs a fifth at R = 128 and a tenth a
       const double most = clients == 8 ? 0.2 : 0.1;
       CHECK(part.flops <= most * before.flops);
       CHECK(part.bytes <= most * before.bytes);
-      CHECK(whole.flops <= before.flops);
-      CHECK(whole.bytes <= before.bytes);
+      // A panel's product is made of whole tiles, also across the diagonal.
+      CHECK(whole.flops <= 1.01 * before.flops);
+      CHECK(whole.bytes <= (clients == 8 ? 1 : 0.45) * before.bytes);
     }
   }
 }

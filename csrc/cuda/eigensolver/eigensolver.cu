@@ -76,18 +76,18 @@ __device__ Prepared prepare(int rank, int size, const double* matrix, double ter
 
 // G of M + t I, in global memory; one block a module.
 __global__ void __launch_bounds__(kFactorThreads, 1)
-    factor_shifted(Eigenproblem problem, ShiftedFactor shifted, bool whole) {
+    factor_shifted(Eigenproblem problem, ShiftedFactor shifted, Panel panel) {
   const int module = static_cast<int>(blockIdx.x);
   if (problem.solved != nullptr && problem.solved[module] != 0) return;
   const int rank = static_cast<int>(problem.rank);
   const int size = problem.sizes[module];
   const int64_t square = problem.rank * problem.rank;
-  const double* matrix = problem.matrix + module * square;
+  double* matrix = problem.matrix + module * square;
   double* factor = problem.factor + module * square;
   double* diagonal = shared_memory<double>();
   double* partial = diagonal + rank;
   const int rows = (rank + 31) / 32 * 32;
-  double* l = whole ? partial + (rows > kFactorThreads ? rows : kFactorThreads) : factor;
+  double* l = partial + (rows > kFactorThreads ? rows : kFactorThreads);
 
   const Prepared found = prepare(rank, size, matrix, problem.terms[module], problem.noise);
   const int n = found.finite && found.scale > 0 ? size : 0;
@@ -96,13 +96,10 @@ __global__ void __launch_bounds__(kFactorThreads, 1)
     diagonal[i] = matrix[i * step] * found.scale + found.shift;
   }
   __syncthreads();
-  // A block of its own takes the columns as they lie, so leading dimensions may differ.
-  const int ld = whole ? n : rank;
-  const int columns = pivoted_cholesky(
-      n, l, ld, diagonal, partial, 0,
+  const int columns = panel_cholesky(
+      n, l, panel, diagonal, partial, 0,
       [&](int q, int i) { return matrix[static_cast<int64_t>(q) * rank + i] * found.scale; },
-      [&](int j, int i, double value) { factor[static_cast<int64_t>(j) * rank + i] = value; },
-      [](int, int) {});
+      matrix, factor, rank, [](int, int) {});
   if (threadIdx.x == 0) {
     problem.total_energy[module] = found.finite ? found.trace : nan("");
     problem.info[module] = found.finite ? 0 : 1;
@@ -198,9 +195,9 @@ void solve_eigenproblem(const Eigenproblem& problem, Stream stream) {
   const int64_t rank = problem.rank;
   const Eigensolver solver = eigensolver_of(rank, is_captured(stream));
   if (solver.blocks == 0) return solve_by_vendor(problem, stream);
-  const bool whole = factor_shared(rank, 1, true) <= device().shared_per_block;
+  const Panel panel = panel_of(rank, 1);
   launch(factor_shifted, dim3(static_cast<unsigned>(problem.modules)), kFactorThreads,
-         factor_shared(rank, 1, whole), stream, problem, shifted_in(problem), whole);
+         factor_shared(rank, 1, panel), stream, problem, shifted_in(problem), panel);
   rotate_columns(problem, shifted_in(problem), solver.blocks, stream);
 }
 

@@ -297,7 +297,7 @@ class Block {
     }
     __syncthreads();
     const int found = pivoted_cholesky(
-        size, columns, kVectors, diagonal, partial, 0,
+        size, size, columns, kVectors, diagonal, partial, 0,
         [&](int q, int i) { return s[q * kRow + i]; }, [](int, int, double) {}, [](int, int) {});
     __syncthreads();
     const ColumnPairs<8, kVectors / 8> pairs(columns, kVectors, kVectors, (found + 1) / 2, shift);

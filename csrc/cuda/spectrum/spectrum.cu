@@ -11,7 +11,9 @@
 // Layout     Grams and right row-major, left too; L, H, M and W column-major with leading dimension
 //            R, the rows of L in the stack's order and zero above each pivot's.
 // Precision  float64.
-// Shared     factor: R numbers twice, partial sums, L [R, R] where it fits (R <= 167 of 227 KB).
+// Shared     factor: R numbers twice, partial sums, L [R, R] where it fits (R <= 167 of 227 KB),
+// else
+//            a panel of it (32 columns to R = 800); what is left of the matrix lies where M will.
 #include <algorithm>
 #include <limits>
 
@@ -70,7 +72,7 @@ struct Factoring {
   const double* gram_a;
   const double* scale;
   double noise;
-  bool whole;         // L fits in shared memory
+  Panel panel;
   const int* solved;  // [L] what to leave alone, or null
   Scratch scratch;
 };
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kFactorThreads, 1) factor(Factoring task) {
   double* diagonal = row + rank;
   double* partial = diagonal + rank;
   const int rows = (rank + 31) / 32 * 32;
-  double* l = task.whole ? partial + (rows > kFactorThreads ? rows : kFactorThreads) : lower;
+  double* l = partial + (rows > kFactorThreads ? rows : kFactorThreads);
 
   const double terms = terms_of(rank, gram_b, gram_a, scale);
   for (int i = static_cast<int>(threadIdx.x); i < rank; i += static_cast<int>(blockDim.x)) {
@@ -109,11 +111,10 @@ __global__ void __launch_bounds__(kFactorThreads, 1) factor(Factoring task) {
   const double largest = diagonal[warp_argmax(rank, diagonal)];
   const double tolerance = fmax(rank * kEps, task.noise) * largest;
   __syncthreads();
-  const int kept = pivoted_cholesky(
-      isfinite(terms) ? rank : 0, l, rank, diagonal, partial, tolerance,
+  const int kept = panel_cholesky(
+      isfinite(terms) ? rank : 0, l, task.panel, diagonal, partial, tolerance,
       [&](int q, int i) { return row[i] * gram_a[static_cast<int64_t>(q) * rank + i] * row[q]; },
-      [&](int j, int i, double value) { lower[static_cast<int64_t>(j) * rank + i] = value; },
-      [&](int j, int q) { pivot[j] = q; });
+      task.scratch.core + module * square, lower, rank, [&](int j, int q) { pivot[j] = q; });
   if (threadIdx.x == 0) {
     task.scratch.terms[module] = terms;
     task.scratch.kept[module] = kept;
@@ -167,9 +168,9 @@ void spectrum(int64_t modules, int64_t rank, const double* gram_b, const double*
             {scratch.core, scratch.lower}, stream);
     solved = scratch.solved;
   }
-  const bool whole = factor_shared(rank, 2, true) <= device().shared_per_block;
-  launch(factor, dim3(blocks), kFactorThreads, factor_shared(rank, 2, whole), stream,
-         Factoring{r, gram_b, gram_a, scale, options.noise, whole, solved, scratch});
+  const Panel panel = panel_of(rank, 2);
+  launch(factor, dim3(blocks), kFactorThreads, factor_shared(rank, 2, panel), stream,
+         Factoring{r, gram_b, gram_a, scale, options.noise, panel, solved, scratch});
 
   // H lies in left until left itself is known, G of the eigensolver in right.
   Product product = {.modules = modules,

@@ -74,7 +74,7 @@ __device__ inline void least_norm_solve(int n, const double* h, double* x,
   const double tolerance = n * kSolveNoise * largest;
   __syncthreads();
   const int kept = pivoted_cholesky(
-      n, memory.factor, n, memory.diagonal, memory.partial, tolerance,
+      n, n, memory.factor, n, memory.diagonal, memory.partial, tolerance,
       [&](int q, int i) {
         return h[q < i ? packed(n, q, i) : packed(n, i, q)] * unit[q] * unit[i];
       },
@@ -94,7 +94,7 @@ __device__ inline void least_norm_solve(int n, const double* h, double* x,
     __syncthreads();
     // L^T L is entered column by column, each when its pivot is chosen.
     const int found = pivoted_cholesky(
-        kept, memory.second, kept, memory.diagonal, memory.partial, 0,
+        kept, kept, memory.second, kept, memory.diagonal, memory.partial, 0,
         [&](int q, int i) {
           double sum = 0;
           for (int t = 0; t < n; ++t) sum = fma(l[q * n + t], l[i * n + t], sum);
