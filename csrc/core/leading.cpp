@@ -136,6 +136,8 @@ class Krylov {
     if (!lapack::symmetric_eigen(size_, ritz_.get(), theta_.get())) return false;
     double sum = 0;
     double square = 0;
+    double all = 0;
+    for (int64_t i = 0; i < size_; ++i) all += theta_[i];
     needed_ = 0;
     for (int64_t i = 0; i < size_; ++i) {
       const double value = theta_[size_ - 1 - i];
@@ -146,6 +148,8 @@ class Krylov {
       if (needed_ == 0 && (sum >= wanted_ || i + 1 == cap_)) {
         needed_ = i + 1;
         threshold_ = value;
+        const double next = i + 1 < size_ ? theta_[size_ - 2 - i] : 0;
+        if (m_.trace - all + next <= threshold_) return true;
       }
       const double missed = std::min(m_.trace - sum, std::sqrt(std::max(square_ - square, 0.0)));
       if (needed_ > 0 && missed <= threshold_) return true;

@@ -94,7 +94,7 @@ def errors(rules: Mapping[str, Rounds]) -> str:
             if rule == compared:
                 note(axes, numbers[-1], 0.75 * top, "gray: averaging", end=True)
         if place == 0:
-            note(axes, numbers[0], 0, "dotted: SVD floor")
+            note(axes, numbers[-1], 0.9 * top, "dotted: SVD floor", end=True)
         axes.fill_between(numbers, floor, error, color=ink, alpha=0.12, linewidth=0)
         axes.plot(numbers, floor, color=INK, linewidth=1.4, linestyle=(0, (1, 1.6)))
         axes.plot(numbers, error, color=ink, linewidth=2.2, marker="o", markersize=3.5)

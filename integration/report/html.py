@@ -185,13 +185,13 @@ def _described(settings: Mapping[str, Any]) -> str:
 
 
 def _facts(runs: Sequence[Run], entries: Sequence[Mapping[str, Any]]) -> str:
-    best = max(entries, key=lambda entry: float(entry["accuracy"]))
+    best = min(entries, key=lambda entry: float(entry["loss"]))
     settings = runs[0].settings["settings"]
     ranks = sorted({rank for run in runs for rank in run.settings["settings"]["ranks"]})
-    starts = sorted({f"{run.start:.3f}" for run in runs})
+    starts = sorted({f"{run.settings['start_loss']:.3f}" for run in runs})
     facts = {
-        "accuracy at the start": " to ".join({starts[0]: 0, starts[-1]: 0}),
-        "best at the end": f"{best['accuracy']:.3f} ({best['rule']})",
+        "loss at the start": " to ".join({starts[0]: 0, starts[-1]: 0}),
+        "lowest loss at the end": f"{best['loss']:.3f} ({best['rule']})",
         "clients": settings["clients"],
         "rounds": settings["rounds"],
         "LoRA rank" if len(ranks) == 1 else "LoRA ranks": ", ".join(map(str, reversed(ranks))),
