@@ -9,10 +9,10 @@
 // so as soon as either is at most theta_p and the first p pairs reach the wanted energy or number,
 // they are the p leading ones: a certificate, not a hope. (The first is about M without the p
 // pairs: its trace is known, and its Ritz values are the other k - p, so its largest eigenvalue is
-// no more than what the trace leaves beside all of these but their largest.) Where no certificate comes before a quarter of the
-// dimension, LAPACK's dsyevd takes over; what was spent by then is a seventh of it.
-// The whole of spectrum (Zen 5, one core): p = 15, R = 512 in 11 ms, 41 with dsyevd; R = 128 in
-// 0.65, 1.3 with dsyevd. Independent clients, where nothing is certified: 45 and 1.5.
+// no more than what the trace leaves beside all of these but their largest.) Where no certificate
+// comes before a quarter of the dimension, LAPACK's dsyevd takes over; what was spent by then is a
+// seventh of it. The whole of spectrum (Zen 5, one core): p = 15, R = 512 in 11 ms, 41 with dsyevd;
+// R = 128 in 0.65, 1.3 with dsyevd. Independent clients, where nothing is certified: 45 and 1.5.
 #pragma once
 
 #include <cstdint>
