@@ -49,8 +49,8 @@ _STEPS = ("load", "aggregate", "save")
 
 def _arrivals(arrivals: Document, found: Document) -> Iterator[str]:
     yield (
-        f"{arrivals['clients']:,} such clients through a `Stream`, with the rule's result once "
-        "more by `aggregate`:"
+        f"{arrivals['clients']:,} clients, {arrivals['case']}, through a `Stream`, with the rule's "
+        "result once more by `aggregate`:"
     )
     rows = [
         "| rule | all `add` | last `add` | `result` | `aggregate` | `result` over `aggregate` |",

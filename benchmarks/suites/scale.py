@@ -315,7 +315,7 @@ def arrivals(setting: Setting) -> dict[str, Any]:
             row["result_over_aggregate"] = row["result_seconds"] / row["aggregate_seconds"]
             rows.append(row)
             setting.console.print(row)
-    return {"clients": case.clients, "rows": rows}
+    return {"case": str(case), "clients": case.clients, "rows": rows}
 
 
 def report(setting: Setting) -> dict[str, Any]:
