@@ -10,7 +10,7 @@ from typing import Any
 from integration.files import write
 from integration.report import figures, module_figures, palette
 from integration.report.series import Rounds, Run, label, read_run, together
-from integration.report.table import columns
+from integration.report.table import MISSING, columns
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -185,13 +185,14 @@ def _described(settings: Mapping[str, Any]) -> str:
 
 
 def _facts(runs: Sequence[Run], entries: Sequence[Mapping[str, Any]]) -> str:
-    best = min(entries, key=lambda entry: float(entry["loss"]))
+    known = [entry for entry in entries if entry["loss"] is not None]  # null where it diverged
+    best = min(known, key=lambda entry: float(entry["loss"]), default=None)
     settings = runs[0].settings["settings"]
     ranks = sorted({rank for run in runs for rank in run.settings["settings"]["ranks"]})
     starts = sorted({f"{run.settings['start_loss']:.3f}" for run in runs})
     facts = {
         "loss at the start": " to ".join({starts[0]: 0, starts[-1]: 0}),
-        "lowest loss at the end": f"{best['loss']:.3f} ({best['rule']})",
+        "lowest loss at the end": f"{best['loss']:.3f} ({best['rule']})" if best else MISSING,
         "clients": settings["clients"],
         "rounds": settings["rounds"],
         "LoRA rank" if len(ranks) == 1 else "LoRA ranks": ", ".join(map(str, reversed(ranks))),

@@ -131,12 +131,16 @@ def test_copies_travel_in_few_pieces(
     tensors[3] = tensors[3].mT.contiguous().mT  # not in the order of memory
     tensors += [torch.randn(3, 5, generator=generator).double(), torch.empty(0, 4).bfloat16()]
     there = torch.randn(4, 4, generator=generator)
-    copies = lists.moved([*tensors, there], torch.device("cpu"), torch.float32)
-    assert copies[-1] is there
-    for copy, tensor in zip(copies[:-1], tensors, strict=True):
-        assert torch.equal(copy, tensor.float())
-        assert copy.is_contiguous()
-    stored = {copy.untyped_storage().data_ptr() for copy in copies[:-1] if copy.numel()}
+    on_the_cpu = ([*tensors, there], torch.device("cpu"), torch.float32)
+    copies = dict(lists.staged(*on_the_cpu))
+    assert sorted(copies) == list(range(len(tensors)))
+    moved = lists.moved(*on_the_cpu)
+    assert moved[-1] is there
+    for place, tensor in enumerate(tensors):
+        for copy in (copies[place], moved[place]):
+            assert torch.equal(copy, tensor.float())
+            assert copy.is_contiguous()
+    stored = {copy.untyped_storage().data_ptr() for copy in copies.values() if copy.numel()}
     assert len(stored) == pieces
 
 
