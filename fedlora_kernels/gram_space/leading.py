@@ -126,8 +126,7 @@ def _all_known(trace: float, theta: Tensor, count: int, size: int) -> bool:
     """Whether what the trace leaves lets no eigenvalue be above the last of `count` pairs; theta
     are all Ritz values.
     """
-    others = float(theta[count:].sum() - theta[count : count + 1].sum())
-    above = trace - float(theta[:count].sum()) - others
+    above = trace - float(theta[:count].sum()) - float(theta[count + 1 :].sum())
     return above <= float(theta[count - 1]) + negligible(size) * trace
 
 
