@@ -191,32 +191,20 @@ __device__ int panel_cholesky(int n, double* l, Panel panel, double* diagonal, d
                               double tolerance, const Matrix& matrix, double* rest, double* lower,
                               int ld, const Chosen& chosen) {
   const bool held = panel.columns > 0;
-  double* columns = held ? l : lower;
   const int each = held && panel.columns < n ? panel.columns : n;
   int done = 0;
+  const auto left = [&](int i, int k) {
+    return done == 0 ? matrix(i, k) : rest[static_cast<int64_t>(i) * ld + k];
+  };
   while (true) {
-    const auto store = [&](int j, int i, double value) {
-      lower[static_cast<int64_t>(done + j) * ld + i] = value;
-    };
-    const auto pivot = [&](int j, int q) { chosen(done + j, q); };
-    const int most = each < n - done ? each : n - done;
-    const int width = held ? panel.ld : ld;
-    const int found =
-        done == 0 ? pivoted_cholesky(n, most, columns, width, diagonal, partial, tolerance, matrix,
-                                     store, pivot)
-                  : pivoted_cholesky(
-                        n, most, columns, width, diagonal, partial, tolerance,
-                        [&](int q, int i) { return rest[static_cast<int64_t>(q) * ld + i]; }, store,
-                        pivot);
+    const int found = pivoted_cholesky(
+        n, each < n - done ? each : n - done, held ? l : lower, held ? panel.ld : ld, diagonal,
+        partial, tolerance, left,
+        [&](int j, int i, double value) { lower[static_cast<int64_t>(done + j) * ld + i] = value; },
+        [&](int j, int q) { chosen(done + j, q); });
+    if (found < each || done + found == n) return done + found;
+    subtract_panel(n, l, panel, left, rest, ld);
     done += found;
-    if (found < each || done == n) return done;
-    if (done == each) {
-      subtract_panel(n, l, panel, matrix, rest, ld);
-    } else {
-      subtract_panel(
-          n, l, panel, [&](int i, int k) { return rest[static_cast<int64_t>(i) * ld + k]; }, rest,
-          ld);
-    }
     __syncthreads();
   }
 }
