@@ -27,13 +27,13 @@ class ExactSum:
         """place -> digits times their unit"""
         self._like = term.new_zeros(()).expand(term.shape)
         rest = term
-        if not term.isfinite().all():
-            self._digits[NOT_FINITE] = term
-            return
-        while (largest := float(rest.abs().max()) if rest.numel() else 0.0) > 0:
+        while (largest := float(rest.abs().max()) if rest.numel() else 0.0) != 0:
+            if not math.isfinite(largest):
+                self._digits[NOT_FINITE] = term
+                break
             place = max(LOWEST, (math.frexp(largest)[1] - 1) // BITS)
             unit = math.ldexp(1.0, BITS * place)
-            digits = (rest / unit).trunc() * unit
+            digits = (rest / unit).trunc_().mul_(unit)
             self._digits[place] = digits
             if place == LOWEST:
                 break

@@ -20,9 +20,9 @@ from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.gram_space.batches import Batch
 from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
 
-RUN = 1 << 16
-"""Entries of a module's matrices that are summed up by client at once, 512 KiB: in whole clients,
-so one client may have more."""
+RUN = 1 << 17
+"""Entries of the modules' matrices that are summed up by client at once, 1 MiB, which stays in the
+cache: in whole clients, so one client may have more."""
 TILE = 1 << 18
 """Entries of a matrix that are looked at together, 2 MiB: large matrices leave no copies."""
 
@@ -264,22 +264,32 @@ class Grams:
     def client_products(self) -> Tensor:
         """<dW_j, dW_k> of the clients' own updates s_k B_k A_k: [L,K,K] float64.
 
-        A run of clients against those before it at a time: half of the matrices is read.
+        A run of clients against those before it at a time: of large matrices half is read.
         """
         (b, a), membership = self.matrices, self.membership
-        rows = b.new_zeros(len(self.modules), len(self.ranks), self.stacked_rank)
+        modules, stacked_rank = len(self.modules), self.stacked_rank
+        rows = b.new_zeros(modules, len(self.ranks), stacked_rank)
+        space = b.new_empty(0)
         first = start = 0
         for last, end in enumerate(accumulate(self.ranks)):
-            if (end - start) * self.stacked_rank >= RUN or end == self.stacked_rank:
-                place, run = (slice(None), slice(start, end), slice(end)), slice(first, last + 1)
-                entries = b[place] * a[place]
-                if len(set(self.ranks[run])) == 1:
-                    of_clients = entries.unflatten(1, (-1, self.ranks[first])).sum(2)
-                else:
-                    of_clients = membership[start:end, run].mT @ entries
-                rows[:, run, :end] = of_clients
+            size = (end - start) * end
+            if size >= min(RUN, stacked_rank**2 // 3) or end == stacked_rank:
+                run = slice(first, last + 1)
+                step = max(1, RUN // size)
+                for some in (slice(k, k + step) for k in range(0, modules, step)):
+                    place = some, slice(start, end), slice(end)
+                    entries = torch.mul(b[place], a[place], out=space.resize_(b[place].shape))
+                    if len(set(self.ranks[run])) == 1:
+                        of_clients = entries.unflatten(1, (-1, self.ranks[first])).sum(2)
+                    else:
+                        of_clients = membership[start:end, run].mT @ entries
+                    rows[some, run, :end] = of_clients
                 first, start = last + 1, end
-        found = rows @ membership
+        found: Tensor
+        if len(set(self.ranks)) == 1:
+            found = rows.unflatten(2, (-1, self.ranks[0])).sum(3)
+        else:
+            found = rows @ membership
         whole = found.tril() + found.tril(-1).mT
         return self.scalings[:, :, None] * whole * self.scalings[:, None, :]
 

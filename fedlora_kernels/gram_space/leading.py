@@ -54,10 +54,11 @@ class Square:
         found: Tensor = ops.gram(self.factor[None], rows=False)
         return found[0]
 
-    def __matmul__(self, block: Tensor) -> Tensor:
+    def of_rows(self, block: Tensor) -> Tensor:
+        """Q S for rows Q [k,d]."""
         if "matrix" in self.__dict__:
-            return self.matrix @ block
-        return self.factor.mT @ (self.factor @ block)
+            return block @ self.matrix
+        return block @ self.factor.mT @ self.factor
 
 
 def leading_eigenpairs(factor: Tensor, energy: float, cap: int) -> tuple[Tensor, Tensor]:
@@ -81,23 +82,26 @@ def leading_eigenpairs(factor: Tensor, energy: float, cap: int) -> tuple[Tensor,
 
 
 def _krylov(square: Square, wanted: float, cap: int) -> tuple[Tensor, Tensor] | None:
-    """Certified pairs, or None."""
+    """Certified pairs, or None.
+
+    Vectors are rows here: with them as columns, products take up to ten times as long on a CPU.
+    """
     size = len(square)
     limit = size // 4 // BLOCK * BLOCK
-    basis, image = (square.factor.new_empty(size, limit) for _ in range(2))
+    basis, image = (square.factor.new_empty(limit, size) for _ in range(2))
     inner = square.factor.new_zeros(limit, limit)
     generator = torch.Generator().manual_seed(0)  # the same bits in every run
-    block = torch.randn(size, BLOCK, generator=generator, dtype=basis.dtype).to(basis.device)
+    block = torch.randn(BLOCK, size, generator=generator, dtype=basis.dtype).to(basis.device)
     attempts = 0
     for begin in range(0, limit, BLOCK):
         end = begin + BLOCK
-        space = basis[:, :begin]
+        space = basis[:begin]
         for _ in range(2 if begin else 1):  # what is left after the first pass may be rounding
-            block = torch.linalg.qr(block - space @ (space.mT @ block)).Q
-        basis[:, begin:end] = block
-        image[:, begin:end] = block = square @ block
-        inner[:end, begin:end] = basis[:, :end].mT @ block
-        inner[begin:end, :end] = inner[:end, begin:end].mT
+            block = torch.linalg.qr((block - block @ space.mT @ space).mT).Q.mT
+        basis[begin:end] = block
+        image[begin:end] = block = square.of_rows(block)
+        inner[begin:end, :end] = block @ basis[:end].mT
+        inner[:end, begin:end] = inner[begin:end, :end].mT
         reached = float(inner.diagonal()[:end].sum()) >= wanted
         if not (reached or end >= 2 * cap):
             continue
@@ -107,15 +111,17 @@ def _krylov(square: Square, wanted: float, cap: int) -> tuple[Tensor, Tensor] | 
         count = min(cap, short + 1)
         if count > end:
             continue
-        found, rotation = theta[:count], rotation[:, :count]
-        vectors = basis[:, :end] @ rotation
-        residual = torch.linalg.vector_norm(image[:, :end] @ rotation - vectors * found, dim=0)
+        found, turn = theta[:count], rotation[:, :count].mT
+        vectors = turn @ basis[:end]
+        missed = turn @ image[:end] - found[:, None] * vectors
+        residual = torch.linalg.vector_norm(missed, dim=1)
         if float(residual.max()) > CONVERGED * float(theta[0]):
             continue
+        columns = vectors.mT
         if _all_known(square.trace, theta, count, size) or _none_missed(
-            square.matrix, found, vectors
+            square.matrix, found, columns
         ):
-            return found, vectors
+            return found, columns
         attempts += 1
         if attempts == ATTEMPTS:
             break

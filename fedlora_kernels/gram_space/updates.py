@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property, reduce
 from operator import add
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,25 +157,26 @@ class Updates:
             smoothing: see above.
             max_steps: see above.
         """
-        products, squares = self.centered, self.centered.diagonal()
-        scale = float(self.medians[self.medoid]) or _smallest_positive(squares) ** 0.5
-        mix = weights / weights.sum()
+        scale = float(self.medians[self.medoid])
+        scale = scale or _smallest_positive(self.centered.diagonal()) ** 0.5
         if scale == 0:  # all are equal
-            return mix
+            return weights / weights.sum()
+        # In NumPy, whose calls on so few numbers take a fifth of the time.
+        given, products = weights.numpy(), self.centered.numpy()
+        squares = products.diagonal()
         least, near = (smoothing * scale) ** 2, (tol * scale) ** 2
-        mix = mix / squares.clamp_min(scale * scale).sqrt()  # a far client does not set the start
+        mix = given / np.sqrt(np.maximum(squares, scale * scale))  # no far client sets the start
         mix /= mix.sum()
         image = products @ mix
         for _ in range(max_steps):
-            distances = (squares - 2 * image + mix @ image).clamp_min_(least).sqrt_()
-            moved = weights / distances
+            moved = given / np.sqrt(np.maximum(squares - 2 * image + mix @ image, least))
             moved /= moved.sum()
             change = moved - mix
             image_of_change = products @ change
             mix, image = moved, image + image_of_change
-            if float(change @ image_of_change) <= near:
+            if change @ image_of_change <= near:
                 break
-        return mix
+        return torch.from_numpy(mix)
 
 
 def _smallest_positive(values: Tensor) -> float:

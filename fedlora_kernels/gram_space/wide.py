@@ -28,6 +28,9 @@ RUN = 512
 """Columns of B and rows of A that are widened at once: 32 MiB for 4096 x 4096, and float64 products
 of this depth run at the full rate."""
 
+ROWS = 256
+"""Of an update that are looked at together: 8 MiB of 4096 columns."""
+
 
 class Wide(Grams):
     """The same as :class:`Grams` of a batch of one module, from the dense update."""
@@ -45,7 +48,7 @@ class Wide(Grams):
         squares_b, squares_a = torch.zeros_like(scale), torch.zeros_like(scale)
         for place, b, a in self._runs():
             squares_b[place], squares_a[place] = b.square().sum(0), a.square().sum(1)
-            total.addmm_(b * scale[place], a)
+            total.addmm_(b.mul_(scale[place]), a)
         self._refuse_overflow(squares_b[None], squares_a[None])
         return total, (squares_b * scale.square() * squares_a).sum()
 
@@ -55,15 +58,23 @@ class Wide(Grams):
         return self._accumulated[0]
 
     def _runs(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The stack in runs of clients: places, B [m,c] and A [c,n] in float64."""
-        ends = list(accumulate(self.ranks))
+        """The stack in runs of clients: places, B [m,c] and A [c,n] in float64, to be changed at
+        will. The next run lies where this one does.
+        """
+        device, ends = self.batch.device, list(accumulate(self.ranks))
+        space = torch.empty(0, dtype=torch.float64, device=device)
+        spaces = space, space.clone()
         first = start = 0
         for last, end in enumerate(ends):
             if end - start >= RUN or end == ends[-1]:
                 pairs = self.batch.pairs[first : last + 1]
-                b = torch.cat([pair.b.to(self.batch.device, torch.float64) for pair in pairs], 1)
-                a = torch.cat([pair.a.to(self.batch.device, torch.float64) for pair in pairs])
-                yield slice(start, end), b, a
+                b = torch.cat([pair.b.to(device) for pair in pairs], 1)
+                a = torch.cat([pair.a.to(device) for pair in pairs])
+                wide_b, wide_a = (
+                    space.resize_(factor.shape).copy_(factor)
+                    for space, factor in zip(spaces, (b, a), strict=True)
+                )
+                yield slice(start, end), wide_b, wide_a
                 first, start = last + 1, end
 
     def decomposed(
@@ -90,7 +101,11 @@ class Wide(Grams):
     def error(self, x: Tensor, y: Tensor) -> Tensor:
         """||dW - (B X)(Y A)||^2 for x [1,R,p] and y [1,p,R]: [1] float64."""
         b_x, y_a = self.applied(x[0], y[0])
-        return torch.addmm(self.update, b_x, y_a, alpha=-1).square_().sum()[None]
+        squares = [
+            torch.addmm(self.update[rows], b_x[rows], y_a, alpha=-1).square_().sum()
+            for rows in (slice(start, start + ROWS) for start in range(0, self.size[0], ROWS))
+        ]
+        return torch.stack(squares).sum()[None]
 
     def applied(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """B X [m,p] and Y A [p,n]."""
@@ -109,7 +124,7 @@ class Wide(Grams):
         """B diag(e) A for e [R]: [m,n] float64."""
         total = torch.zeros_like(self.update)
         for place, b, a in self._runs():
-            total.addmm_(b * diagonal[place], a)
+            total.addmm_(b.mul_(diagonal[place]), a)
         return total
 
     @cached_property

@@ -11,7 +11,8 @@ from matrices import FAMILIES, normal
 
 import fedlora_kernels as flk
 from fedlora_kernels import reference
-from fedlora_kernels.gram_space import batches
+from fedlora_kernels.gram_space import batches, grams
+from fedlora_kernels.gram_space import wide as wide_grams
 from fedlora_kernels.gram_space.updates import ROUNDING, Updates
 
 EPS = torch.finfo(torch.float64).eps
@@ -58,11 +59,15 @@ def test_inner_products_of_every_family(name: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("in_runs", [False, True])
 def test_inner_products_per_module_and_summed(
-    case: str, wide: bool, monkeypatch: pytest.MonkeyPatch
+    case: str, wide: bool, in_runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if wide:
         monkeypatch.setattr(batches, "is_wide", lambda stacked_rank, size: True)
+    if in_runs:
+        monkeypatch.setattr(grams, "RUN", 30)
+        monkeypatch.setattr(wide_grams, "RUN", 5)
     drawn = draw(**CASES[case], seed=3)
     round_ = flk.Round(drawn.adapters)
     assert_products(drawn, round_.updates.products)

@@ -25,7 +25,7 @@ from matrices import FAMILIES, normal, orthonormal_columns
 
 import fedlora_kernels as flk
 from fedlora_kernels.adapters.error import AdapterError
-from fedlora_kernels.gram_space import batches, leading
+from fedlora_kernels.gram_space import batches, leading, wide
 from fedlora_kernels.gram_space.grams import Grams
 from fedlora_kernels.gram_space.leading import leading_eigenpairs
 from fedlora_kernels.gram_space.wide import Wide
@@ -34,6 +34,8 @@ from fedlora_kernels.gram_space.wide import Wide
 @pytest.fixture
 def everything_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "is_wide", lambda stacked_rank, size: True)
+    monkeypatch.setattr(wide, "RUN", 5)  # several runs, several tiles
+    monkeypatch.setattr(wide, "ROWS", 7)
 
 
 def test_what_is_wide() -> None:
