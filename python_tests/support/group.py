@@ -3,6 +3,7 @@
 The test starts them with :func:`started`; the script that each runs begins with :func:`joined`.
 """
 
+import atexit
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ def joined() -> tuple[Any, Path]:
         world_size=int(size),
         timeout=timedelta(seconds=float(timeout)),
     )
+    atexit.register(dist.destroy_process_group)  # its threads end before the interpreter does
     return dist.group.WORLD, Path(folder)
 
 
