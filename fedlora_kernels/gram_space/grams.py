@@ -266,7 +266,7 @@ class Grams:
 
         A run of clients against those before it at a time: of large matrices half is read.
         """
-        (b, a), membership = self.matrices, self.membership
+        b, a = self.matrices
         modules, stacked_rank = len(self.modules), self.stacked_rank
         rows = b.new_zeros(modules, len(self.ranks), stacked_rank)
         space = b.new_empty(0)
@@ -282,14 +282,14 @@ class Grams:
                     if len(set(self.ranks[run])) == 1:
                         of_clients = entries.unflatten(1, (-1, self.ranks[first])).sum(2)
                     else:
-                        of_clients = membership[start:end, run].mT @ entries
+                        of_clients = self.membership[start:end, run].mT @ entries
                     rows[some, run, :end] = of_clients
                 first, start = last + 1, end
         found: Tensor
         if len(set(self.ranks)) == 1:
             found = rows.unflatten(2, (-1, self.ranks[0])).sum(3)
         else:
-            found = rows @ membership
+            found = rows @ self.membership
         whole = found.tril() + found.tril(-1).mT
         return self.scalings[:, :, None] * whole * self.scalings[:, None, :]
 
