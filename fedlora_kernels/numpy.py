@@ -19,6 +19,7 @@ libraries.load_openblas()
 from fedlora_kernels import _numpy  # noqa: E402 - needs OpenBLAS in the process
 
 __all__ = [
+    "client_products",
     "combine",
     "combine_list",
     "flora_na",
@@ -99,6 +100,12 @@ def surrogate(
     result: tuple[Array, Array, Array] = _numpy.surrogate(
         gram_b, gram_a, weights, scale, max_sweeps, tol, _threads
     )
+    return result
+
+
+def client_products(gram_b: Array, gram_a: Array, scale: Array, ranks: Sequence[int]) -> Array:
+    """Inner products of the clients' updates, [L,K,K] float64: see ``ops.client_products``."""
+    result: Array = _numpy.client_products(gram_b, gram_a, scale, ranks, _threads)
     return result
 
 

@@ -233,6 +233,25 @@ void select_rank(const Array& sigma, const Array& total_energy, double energy_sh
   max_rank(cap);
 }
 
+void client_products(const Array& gram_b, const Array& gram_a, const Array& scale,
+                     const std::vector<int64_t>& ranks) {
+  grams(gram_b, gram_a);
+  real("scale", scale);
+  sizes("scale", scale, {gram_b.size(0), static_cast<int64_t>(ranks.size())});
+  int64_t sum = 0;
+  for (size_t client = 0; client < ranks.size(); ++client) {
+    if (ranks[client] < 0) {
+      throw WrongValue(at("ranks", client) + " must not be negative, found " +
+                       std::to_string(ranks[client]));
+    }
+    sum += ranks[client];
+  }
+  if (sum != gram_b.size(1)) {
+    throw WrongValue("ranks must sum to the stacked rank " + std::to_string(gram_b.size(1)) +
+                     ", found " + std::to_string(sum));
+  }
+}
+
 void surrogate(const Array& gram_b, const Array& gram_a, const Array& weights, const Array& scale,
                int64_t max_sweeps, double tol) {
   grams(gram_b, gram_a);

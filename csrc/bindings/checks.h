@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "array.h"
 
@@ -21,6 +22,8 @@ void gram_list(const Arrays& x, int64_t modules, bool rows, const std::string& p
 void spectrum(const Array& gram_b, const Array& gram_a, const Array& scale, double energy,
               MaxRank max_rank);
 void select_rank(const Array& sigma, const Array& total_energy, double energy, MaxRank max_rank);
+void client_products(const Array& gram_b, const Array& gram_a, const Array& scale,
+                     const std::vector<int64_t>& ranks);
 void surrogate(const Array& gram_b, const Array& gram_a, const Array& weights, const Array& scale,
                int64_t max_sweeps, double tol);
 void combine(const Array& b, const Array& a, const Array& x, const Array& y);

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -117,6 +119,17 @@ void select_rank(int64_t modules, int64_t rank, const double* sigma, const doubl
   const auto results = {static_cast<void*>(ranks)};
   operators::select_rank(Caller({1}, results), array(sigma, {modules, rank}),
                          array(total_energy, {modules}), energy, limit(max_rank));
+}
+
+void client_products(int64_t modules, std::span<const int64_t> ranks, const double* gram_b,
+                     const double* gram_a, const double* scale, double* products,
+                     const Options& options) {
+  const auto results = {static_cast<void*>(products)};
+  const int64_t rank = std::accumulate(ranks.begin(), ranks.end(), int64_t{0});
+  const Sizes square = {modules, rank, rank};
+  operators::client_products(Caller(options, results), array(gram_b, square), array(gram_a, square),
+                             array(scale, {modules, static_cast<int64_t>(ranks.size())}),
+                             {ranks.begin(), ranks.end()});
 }
 
 void surrogate(int64_t modules, int64_t clients, int64_t rank, const double* gram_b,

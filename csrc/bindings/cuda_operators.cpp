@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cuda/client_products.h"
 #include "cuda/combine.h"
 #include "cuda/flora_na.h"
 #include "cuda/gram/gram.h"
@@ -119,6 +120,16 @@ void select_rank(const Host& host, const Array& sigma, const Array& total_energy
   int64_t* ranks = new_integers(host, {modules});
   cuda::select_rank(modules, rank, doubles(host, sigma), doubles(host, total_energy), energy,
                     max_rank.value_or(rank), ranks, stream_of(host));
+}
+
+void client_products(const Host& host, const Array& gram_b, const Array& gram_a,
+                     const Array& scale, const std::vector<int64_t>& ranks) {
+  checks::client_products(gram_b, gram_a, scale, ranks);
+  const int64_t modules = gram_b.size(0);
+  const auto clients = static_cast<int64_t>(ranks.size());
+  double* products = new_doubles(host, {modules, clients, clients});
+  cuda::client_products(modules, ranks, doubles(host, gram_b), doubles(host, gram_a),
+                        doubles(host, scale), products, stream_of(host));
 }
 
 void surrogate(const Host& host, const Array& gram_b, const Array& gram_a, const Array& weights,

@@ -113,6 +113,9 @@ class Reader {
       return attributes_.contains(name) ? T(value_of(attributes_.get<int64_t>(name))) : T();
     } else if constexpr (std::is_same_v<T, std::string>) {
       return std::string(value_of(attributes_.get<std::string_view>(name)));
+    } else if constexpr (std::is_same_v<T, std::vector<int64_t>>) {
+      const auto values = value_of(attributes_.get<ffi::Span<const int64_t>>(name));
+      return T(values.begin(), values.end());
     } else {
       return value_of(attributes_.get<T>(name));
     }
@@ -216,6 +219,7 @@ XLA_FFI_Error* handled(XLA_FFI_CallFrame* frame) {
 FEDLORA_HANDLER(gram)
 FEDLORA_HANDLER(spectrum)
 FEDLORA_HANDLER(select_rank)
+FEDLORA_HANDLER(client_products)
 FEDLORA_HANDLER(surrogate)
 FEDLORA_HANDLER(combine)
 FEDLORA_HANDLER(weighted_sum)

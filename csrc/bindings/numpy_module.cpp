@@ -163,6 +163,7 @@ PYBIND11_MODULE(_numpy, m) {
   m.def("gram_list", function<operators::gram_list>);
   m.def("spectrum", function<operators::spectrum>);
   m.def("select_rank", function<operators::select_rank>);
+  m.def("client_products", function<operators::client_products>);
   m.def("surrogate", function<operators::surrogate>);
   m.def("combine", function<operators::combine>);
   m.def("combine_list", function<operators::combine_list>);

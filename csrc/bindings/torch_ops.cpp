@@ -168,6 +168,10 @@ struct Argument<Arrays> {
   using Handed = const Tensors&;
 };
 template <>
+struct Argument<std::vector<int64_t>> {
+  using Handed = const std::vector<int64_t>&;
+};
+template <>
 struct Argument<std::string> {
   using Handed = std::string_view;
 };
@@ -242,6 +246,7 @@ STABLE_TORCH_LIBRARY_IMPL(fedlora, FEDLORA_KEY, m) {
   FEDLORA_OPERATOR(gram_list, 1);
   FEDLORA_OPERATOR(spectrum, 5);
   FEDLORA_OPERATOR(select_rank, 1);
+  FEDLORA_OPERATOR(client_products, 1);
   FEDLORA_OPERATOR(surrogate, 3);
   FEDLORA_OPERATOR(combine, 2);
   FEDLORA_OPERATOR(combine_list, 2);

@@ -42,6 +42,11 @@ struct Kernels {
   void (*weighted_sum)(DType dtype, const void* const* sources, const double* weights,
                        int64_t clients, int64_t count, void* out);
 
+  // products[k] += sum of b[i] a[i] over the ranks[k] entries of client k, of `clients` clients that
+  // follow each other.
+  void (*add_products)(const int64_t* ranks, int64_t clients, const double* b, const double* a,
+                       double* products);
+
   // The symmetric a [n, n] (both triangles, destroyed) as Q T Q^T: T in diagonal [n] and beside
   // [n - 1]; Q as reflectors in the layout of LAPACK's dsytrd("L"), with tau [n]. scratch: 4 n + 64
   // numbers.

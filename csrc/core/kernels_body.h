@@ -467,6 +467,15 @@ inline double dot(const double* x, const double* y, int64_t count) {
   return sum;
 }
 
+void add_products(const int64_t* ranks, int64_t clients, const double* b, const double* a,
+                  double* products) {
+  for (int64_t client = 0; client < clients; ++client) {
+    products[client] += dot(b, a, ranks[client]);
+    b += ranks[client];
+    a += ranks[client];
+  }
+}
+
 struct Beside {  // a block on the diagonal: both its triangles are there
   static constexpr bool kBelow = false;
 };
@@ -618,6 +627,7 @@ constexpr Kernels kTable = {
     right,
     combine_scratch,
     weighted_sum,
+    add_products,
     tridiagonal,
     apply_reflectors,
     widen,

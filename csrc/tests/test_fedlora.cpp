@@ -106,6 +106,20 @@ TEST_CASE("fedlora.h: FLoRIST in one call, and step by step") {
     Matrix gram_a = gram_b;
     flk::gram(problem.of_b(), false, gram_b.data(), {threads});
     flk::gram(problem.of_a(), true, gram_a.data(), {threads});
+    const Matrix scalings = random(kModules, kClients, 7);
+    Matrix products = empty(kModules * kClients * kClients);
+    flk::client_products(kModules, problem.ranks, gram_b.data(), gram_a.data(), scalings.data(),
+                         products.data(), {threads});
+    for (int64_t l = 0; l < kModules; ++l) {
+      // Of the first client with itself: the squared norm of its update.
+      const size_t first = static_cast<size_t>(l * kClients);
+      const Matrix update = product(problem.memory[2 * first], problem.memory[2 * first + 1], kM,
+                                    problem.ranks[0] + kGap, kN);
+      double square = 0;
+      for (const double entry : update) square += entry * entry;
+      square *= scalings[first] * scalings[first];
+      CHECK(std::abs(products[first * kClients] - square) <= 1e-13 * square);
+    }
     Matrix sigma = empty(kModules * rank);
     Matrix total = empty(kModules);
     Matrix left = empty(kModules * rank * rank);

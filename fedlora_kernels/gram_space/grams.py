@@ -10,7 +10,6 @@ The matrices are computed when something asks for one of them: a rule that only 
 
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,9 +19,6 @@ from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.gram_space.batches import Batch
 from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
 
-RUN = 1 << 17
-"""Entries of the modules' matrices that are summed up by client at once, 1 MiB, which stays in the
-cache: in whole clients, so one client may have more."""
 TILE = 1 << 18
 """Entries of a matrix that are looked at together, 2 MiB: large matrices leave no copies."""
 
@@ -262,36 +258,8 @@ class Grams:
 
     @cached_property
     def client_products(self) -> Tensor:
-        """<dW_j, dW_k> of the clients' own updates s_k B_k A_k: [L,K,K] float64.
-
-        A run of clients against those before it at a time: of large matrices half is read.
-        """
-        b, a = self.matrices
-        modules, stacked_rank = len(self.modules), self.stacked_rank
-        rows = b.new_zeros(modules, len(self.ranks), stacked_rank)
-        space = b.new_empty(0)
-        first = start = 0
-        for last, end in enumerate(accumulate(self.ranks)):
-            size = (end - start) * end
-            if size >= min(RUN, stacked_rank**2 // 3) or end == stacked_rank:
-                run = slice(first, last + 1)
-                step = max(1, RUN // size)
-                for some in (slice(k, k + step) for k in range(0, modules, step)):
-                    place = some, slice(start, end), slice(end)
-                    entries = torch.mul(b[place], a[place], out=space.resize_(b[place].shape))
-                    if len(set(self.ranks[run])) == 1:
-                        of_clients = entries.unflatten(1, (-1, self.ranks[first])).sum(2)
-                    else:
-                        of_clients = self.membership[start:end, run].mT @ entries
-                    rows[some, run, :end] = of_clients
-                first, start = last + 1, end
-        found: Tensor
-        if len(set(self.ranks)) == 1:
-            found = rows.unflatten(2, (-1, self.ranks[0])).sum(3)
-        else:
-            found = rows @ self.membership
-        whole = found.tril() + found.tril(-1).mT
-        return self.scalings[:, :, None] * whole * self.scalings[:, None, :]
+        """<dW_j, dW_k> of the clients' own updates s_k B_k A_k: [L,K,K] float64."""
+        return ops.client_products(*self.matrices, self.scalings, self.ranks)
 
     def adopt(self, other: "Grams") -> None:
         """Take over what another's pass over the same factors found, weights and scalings aside."""

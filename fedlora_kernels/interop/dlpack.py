@@ -31,6 +31,7 @@ from fedlora_kernels.adapters.peft_format import Config, label
 __all__ = [
     "Aggregated",
     "aggregate",
+    "client_products",
     "combine",
     "combine_list",
     "flora_na",
@@ -234,6 +235,7 @@ def _line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
+client_products = _on_arrays(ops.client_products)
 combine = _on_arrays(ops.combine)
 combine_list = _on_arrays(ops.combine_list)
 flora_na = _on_arrays(ops.flora_na)

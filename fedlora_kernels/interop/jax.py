@@ -17,7 +17,7 @@ take and give float32 and int32, and compute in float64 all the same; :func:`com
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -28,6 +28,7 @@ from fedlora_kernels import numpy as on_numpy
 from fedlora_kernels.backends import libraries
 
 __all__ = [
+    "client_products",
     "combine",
     "flora_na",
     "gram",
@@ -74,6 +75,11 @@ def surrogate(
 ) -> tuple[Array, Array, Array]:
     """FLoRA-NA's mixing weights p, q and the objective: see ``ops.surrogate``."""
     return cast(tuple[Array, Array, Array], _double("surrogate", locals()))
+
+
+def client_products(gram_b: Array, gram_a: Array, scale: Array, ranks: Sequence[int]) -> Array:
+    """Inner products of the clients' updates, [L,K,K] float64: see ``ops.client_products``."""
+    return cast(Array, _double("client_products", locals()))
 
 
 def combine(b: Array, a: Array, x: Array, y: Array) -> tuple[Array, Array]:
@@ -151,6 +157,8 @@ def _attribute(value: Any) -> Any:
     """A Python value as one that XLA knows the width of."""
     if isinstance(value, (bool, str)):
         return value
+    if isinstance(value, Sequence):
+        return np.array(value, dtype=np.int64)
     return np.int64(value) if isinstance(value, (int, np.integer)) else np.float64(value)
 
 

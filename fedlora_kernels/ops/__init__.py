@@ -1,6 +1,7 @@
 """The torch operators ``torch.ops.fedlora.*`` and their Python faces, one file per stage.
 
     gram -> spectrum + select_rank | surrogate | nothing -> combine | weighted_sum
+         -> client_products, which robust weights are made of
 
 Every operator takes a whole batch of L modules of one shape. The faces raise ValueError or
 TypeError on bad arguments; the raw operators raise RuntimeError with the same text. Importing this
@@ -10,6 +11,7 @@ A new operator is its own file, which puts it into the table ``OPERATORS``, and 
 """
 
 from fedlora_kernels import backends
+from fedlora_kernels.ops._client_products import client_products
 from fedlora_kernels.ops._combine import combine, combine_list
 from fedlora_kernels.ops._flora_na import flora_na, flora_na_list
 from fedlora_kernels.ops._gram import gram, gram_list
@@ -21,6 +23,7 @@ from fedlora_kernels.ops._weighted_sum import weighted_sum, weighted_sum_list
 from fedlora_kernels.ops.operator import OPERATORS
 
 __all__ = [
+    "client_products",
     "combine",
     "combine_list",
     "flora_na",

@@ -88,6 +88,15 @@ def max_rank(value: int | None) -> None:
         raise ValueError(f"max_rank must be at least 1, found {value}")
 
 
+def ranks(values: Sequence[int], stacked_rank: int) -> None:
+    """One rank for each client, which together are the stacked rank."""
+    for client, rank in enumerate(values):
+        if rank < 0:
+            raise ValueError(f"ranks[{client}] must not be negative, found {rank}")
+    if sum(values) != stacked_rank:
+        raise ValueError(f"ranks must sum to the stacked rank {stacked_rank}, found {sum(values)}")
+
+
 def pair(b: Tensor, a: Tensor) -> None:
     """Stacked factors of the same modules: b [L,m,R] beside a [L,R,n], one dtype."""
     factor("b", b)

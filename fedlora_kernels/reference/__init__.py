@@ -7,6 +7,7 @@ no arguments (the operators' Python faces do) and loop over modules in Python wh
 """
 
 from fedlora_kernels.reference import robust, rules
+from fedlora_kernels.reference._client_products import client_products
 from fedlora_kernels.reference._combine import combine
 from fedlora_kernels.reference._flora_na import flora_na
 from fedlora_kernels.reference._gram import gram
@@ -17,6 +18,7 @@ from fedlora_kernels.reference._surrogate import surrogate
 from fedlora_kernels.reference._weighted_sum import weighted_sum
 
 __all__ = [
+    "client_products",
     "combine",
     "flora_na",
     "gram",

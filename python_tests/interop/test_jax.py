@@ -161,7 +161,9 @@ def check_rounded(name: str, arguments: tuple[Any, ...], names: set[str]) -> Non
     assert_same_bits(compiled(*arguments), expected, f"{name} under jit")
 
 
-@pytest.mark.parametrize("name", ["gram", "spectrum", "select_rank", "surrogate"])
+@pytest.mark.parametrize(
+    "name", ["gram", "spectrum", "select_rank", "client_products", "surrogate"]
+)
 def test_without_x64_the_switch_is_named(name: str) -> None:
     for operator, arguments in calls_of(("independent", torch.float32)):
         if operator == name:

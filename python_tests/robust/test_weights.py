@@ -11,7 +11,7 @@ from matrices import FAMILIES, normal
 
 import fedlora_kernels as flk
 from fedlora_kernels import reference
-from fedlora_kernels.gram_space import batches, grams
+from fedlora_kernels.gram_space import batches
 from fedlora_kernels.gram_space import wide as wide_grams
 from fedlora_kernels.gram_space.updates import ROUNDING, Updates
 
@@ -66,7 +66,6 @@ def test_inner_products_per_module_and_summed(
     if wide:
         monkeypatch.setattr(batches, "is_wide", lambda stacked_rank, size: True)
     if in_runs:
-        monkeypatch.setattr(grams, "RUN", 30)
         monkeypatch.setattr(wide_grams, "RUN", 5)
     drawn = draw(**CASES[case], seed=3)
     round_ = flk.Round(drawn.adapters)

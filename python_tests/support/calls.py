@@ -30,6 +30,8 @@ def calls(batch: Batch) -> Iterator[Call]:
     yield "spectrum", (gram_b, gram_a, scale.float(), 0.9, 2)
     yield "select_rank", (sigma, total_energy, 0.9)
     yield "select_rank", (sigma, total_energy, 1.0, 2)
+    yield "client_products", (gram_b, gram_a, scalings, batch.ranks)
+    yield "client_products", (gram_b, gram_a, scalings.float(), batch.ranks)
     yield "combine", (b, a, x, y)
     yield "combine", (b, a, x.float(), y.float())
     yield "combine_list", (bs, as_, x, y)

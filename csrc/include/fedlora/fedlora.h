@@ -78,6 +78,13 @@ FLK_API void select_rank(int64_t modules, int64_t rank, const double* sigma,
                          const double* total_energy, double energy, int64_t max_rank,
                          int64_t* ranks);
 
+// Inner products of the clients' own updates: <s_j B_j A_j, s_k B_k A_k> for each pair of clients,
+// from two Gram matrices [L, R, R]; ranks [K] are r_k and scale [L, K] is s_k.
+//   products [L, K, K]
+FLK_API void client_products(int64_t modules, std::span<const int64_t> ranks, const double* gram_b,
+                             const double* gram_a, const double* scale, double* products,
+                             const Options& options = {});
+
 // FLoRA-NA (arXiv 2509.26399): p and q for which (sum_k q_k s_k B_k) (sum_k p_k A_k) is closest to
 // dW, for equal ranks r = R / K. weights [K] are w_k and scale [L, K] is s_k.
 struct Surrogate {

@@ -1,0 +1,44 @@
+#include "client_products.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace fedlora {
+namespace {
+
+constexpr double kBandwidth = 10;  // bytes a nanosecond of one thread
+
+}  // namespace
+
+double client_products_nanoseconds(int64_t rank) {
+  const auto square = static_cast<double>(rank) * static_cast<double>(rank);
+  return square / 2 * 2 * sizeof(double) / kBandwidth;
+}
+
+void client_products(std::span<const int64_t> ranks, const double* gram_b, const double* gram_a,
+                     const double* scale, int threads, double* products) {
+  const Kernels& kernel = kernels();
+  const auto clients = static_cast<int64_t>(ranks.size());
+  const int64_t rank = std::accumulate(ranks.begin(), ranks.end(), int64_t{0});
+  const int team_of = team(client_products_nanoseconds(rank), threads);
+  parallel_for(clients, team_of, [&](int64_t task) {
+    const int64_t client = clients - 1 - task;  // the longest first
+    const int64_t start = std::accumulate(ranks.begin(), ranks.begin() + client, int64_t{0});
+    double* own = products + client * clients;
+    std::fill_n(own, client + 1, 0.0);
+    for (int64_t row = start; row < start + ranks[client]; ++row) {
+      kernel.add_products(ranks.data(), client + 1, gram_b + row * rank, gram_a + row * rank, own);
+    }
+    for (int64_t other = 0; other <= client; ++other) own[other] *= scale[client] * scale[other];
+  });
+  for (int64_t client = 0; client < clients; ++client) {
+    for (int64_t other = 0; other < client; ++other) {
+      products[other * clients + client] = products[client * clients + other];
+    }
+  }
+}
+
+}  // namespace fedlora
