@@ -102,6 +102,12 @@ def select_rank(modules: int, rank: int) -> Work:
     return Work(8.0 * modules * (rank + 2), flops_64=2.0 * modules * rank)
 
 
+def client_products(modules: int, clients: int, rank: int) -> Work:
+    """The lower triangles of two R x R matrices in, K x K numbers out."""
+    entries = rank * (rank + 1) / 2
+    return Work(8.0 * modules * (2 * entries + clients**2), flops_64=2.0 * modules * entries)
+
+
 def surrogate(modules: int, clients: int, rank: int) -> Work:
     """The K x K coupling (2 K R^2) and one pair of least-squares steps (8 R^2 + 2 K^3 / 3)."""
     stacked = clients * rank

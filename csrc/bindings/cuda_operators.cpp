@@ -122,8 +122,8 @@ void select_rank(const Host& host, const Array& sigma, const Array& total_energy
                     max_rank.value_or(rank), ranks, stream_of(host));
 }
 
-void client_products(const Host& host, const Array& gram_b, const Array& gram_a,
-                     const Array& scale, const std::vector<int64_t>& ranks) {
+void client_products(const Host& host, const Array& gram_b, const Array& gram_a, const Array& scale,
+                     const std::vector<int64_t>& ranks) {
   checks::client_products(gram_b, gram_a, scale, ranks);
   const int64_t modules = gram_b.size(0);
   const auto clients = static_cast<int64_t>(ranks.size());

@@ -191,8 +191,8 @@ void select_rank(const Host& host, const Array& sigma, const Array& total_energy
   }
 }
 
-void client_products(const Host& host, const Array& gram_b, const Array& gram_a,
-                     const Array& scale, const std::vector<int64_t>& ranks) {
+void client_products(const Host& host, const Array& gram_b, const Array& gram_a, const Array& scale,
+                     const std::vector<int64_t>& ranks) {
   checks::client_products(gram_b, gram_a, scale, ranks);
   const int64_t modules = gram_b.size(0);
   const int64_t rank = gram_b.size(1);
@@ -201,13 +201,12 @@ void client_products(const Host& host, const Array& gram_b, const Array& gram_a,
   const Doubles grams_a(gram_a);
   const Doubles scalings(scale);
   double* products = doubles(host.allocate(Scalar::fp64, {modules, clients, clients}));
-  over_modules(modules, client_products_nanoseconds(rank), host.threads,
-               [&](int64_t module, int threads) {
-                 fedlora::client_products(ranks, grams_b.get() + module * rank * rank,
-                                          grams_a.get() + module * rank * rank,
-                                          scalings.get() + module * clients, threads,
-                                          products + module * clients * clients);
-               });
+  over_modules(
+      modules, client_products_nanoseconds(rank), host.threads, [&](int64_t module, int threads) {
+        fedlora::client_products(
+            ranks, grams_b.get() + module * rank * rank, grams_a.get() + module * rank * rank,
+            scalings.get() + module * clients, threads, products + module * clients * clients);
+      });
 }
 
 void surrogate(const Host& host, const Array& gram_b, const Array& gram_a, const Array& weights,

@@ -22,8 +22,8 @@ void spectrum(const Host& host, const Array& gram_b, const Array& gram_a, const 
               double energy, MaxRank max_rank);
 void select_rank(const Host& host, const Array& sigma, const Array& total_energy, double energy,
                  MaxRank max_rank);
-void client_products(const Host& host, const Array& gram_b, const Array& gram_a,
-                     const Array& scale, const std::vector<int64_t>& ranks);
+void client_products(const Host& host, const Array& gram_b, const Array& gram_a, const Array& scale,
+                     const std::vector<int64_t>& ranks);
 void surrogate(const Host& host, const Array& gram_b, const Array& gram_a, const Array& weights,
                const Array& scale, int64_t max_sweeps, double tol);
 void combine(const Host& host, const Array& b, const Array& a, const Array& x, const Array& y);

@@ -42,8 +42,8 @@ struct Kernels {
   void (*weighted_sum)(DType dtype, const void* const* sources, const double* weights,
                        int64_t clients, int64_t count, void* out);
 
-  // products[k] += sum of b[i] a[i] over the ranks[k] entries of client k, of `clients` clients that
-  // follow each other.
+  // products[k] += sum of b[i] a[i] over the ranks[k] entries of client k, of `clients` clients
+  // that follow each other.
   void (*add_products)(const int64_t* ranks, int64_t clients, const double* b, const double* a,
                        double* products);
 

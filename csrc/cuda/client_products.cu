@@ -18,9 +18,9 @@ constexpr int kWarps = 4;
 constexpr int kGroup = 128;
 
 struct Group {
-  int64_t first;            // client
-  int count;                // of clients
-  int starts[kGroup + 1];   // in the stacked rank, and where the last one ends
+  int64_t first;           // client
+  int count;               // of clients
+  int starts[kGroup + 1];  // in the stacked rank, and where the last one ends
 };
 
 __global__ void __launch_bounds__(kWarps * 32)

@@ -11,9 +11,11 @@ namespace fedlora::tests {
 
 TEST_CASE("inner products on the device: any ranks, and more clients than a launch takes") {
   constexpr int64_t kModules = 2;
-  for (const std::vector<int64_t>& ranks :
-       {std::vector<int64_t>{1}, {5, 0, 3}, {16, 16, 16}, {1, 70, 7, 33},
-        std::vector<int64_t>(130, 1)}) {
+  for (const std::vector<int64_t>& ranks : {std::vector<int64_t>{1},
+                                            {5, 0, 3},
+                                            {16, 16, 16},
+                                            {1, 70, 7, 33},
+                                            std::vector<int64_t>(130, 1)}) {
     const auto clients = static_cast<int64_t>(ranks.size());
     const int64_t rank = std::accumulate(ranks.begin(), ranks.end(), int64_t{0});
     const Matrix gram_b = random(kModules * rank, rank, 1);

@@ -3,8 +3,9 @@
     gram, gram_list, combine, combine_list, weighted_sum, weighted_sum_list
 
 For NVIDIA GPUs without the compiled library and for the GPUs of other vendors. The operators on
-R x R matrices (spectrum, select_rank, surrogate) and those made of stages (stacked_svd, flora_na)
-are composed of torch operators here; their stages are these kernels, by ``torch.ops.fedlora``.
+R x R matrices (spectrum, select_rank, client_products, surrogate) and those made of stages
+(stacked_svd, flora_na) are composed of torch operators here; their stages are these kernels, by
+``torch.ops.fedlora``.
 
 ``TRITON_INTERPRET=1`` runs the kernels' own source in numpy on a CPU: slow, and how they are tested
 where there is no GPU.
