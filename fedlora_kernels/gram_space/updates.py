@@ -26,7 +26,8 @@ from fedlora_kernels.gram_space.exact_sum import ExactSum
 from fedlora_kernels.gram_space.grams import Grams
 
 ROUNDING = 256 * torch.finfo(torch.float64).eps
-"""d_jk^2 at or under this share of G_jj + G_kk counts as 0: 2.4e-7 of the norms."""
+"""d_jk^2 at or under this share of G_jj + G_kk counts as 0: 2.4e-7 of the norms. Squared norms that
+differ by no larger share count as equal."""
 
 
 def of_modules(grams: Grams, clients: int) -> Tensor:
@@ -93,6 +94,10 @@ class Updates:
     def norms(self) -> Tensor:
         """||dW_k||, [K]."""
         return self.products.diagonal().clamp_min(0).sqrt()
+
+    def longer(self, limit: Tensor) -> Tensor:
+        """Whether ||dW_k|| is above the limit, by more than rounding: [K] bool."""
+        return self.norms > (1 + ROUNDING) ** 0.5 * limit
 
     @cached_property
     def squared_distances(self) -> Tensor:

@@ -51,7 +51,8 @@ class Clip(Robust):
         return weights
 
     def factors(self, updates: Updates) -> Tensor:
-        """limit / ||dW_k|| where that is less than 1."""
+        """limit / ||dW_k|| where that is less than 1 by more than rounding."""
         norms = updates.norms
         limit = norms.median() if self.norm is None else norms.new_tensor(self.norm)
-        return (limit / norms.where(norms > limit, 1)).where(norms > limit, 1)
+        long = updates.longer(limit)
+        return (limit / norms.where(long, 1)).where(long, 1)
