@@ -2,7 +2,7 @@
 //
 //   <s_j B_j A_j, s_k B_k A_k> = s_j s_k sum(G_B^{jk} * G_A^{jk})
 //
-// The lower triangles of both matrices are read once, row by row.
+// Both matrices are read once, row by row: of large ones the lower triangles.
 #pragma once
 
 #include <cstdint>
