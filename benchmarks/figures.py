@@ -28,7 +28,12 @@ from benchmarks.stand.table import duration
 from integration.report import palette
 from integration.report.palette import BLUE, EDGE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILION
 
-PAGES = (Path("README.md"), Path("docs/performance.md"), Path("docs/scale.md"))
+PAGES = (
+    Path("README.md"),
+    Path("docs/performance.md"),
+    Path("docs/scale.md"),
+    Path("docs/robust.md"),
+)
 
 LINES = {
     "stacked_svd": (INK, "o"),

@@ -10,6 +10,9 @@ A page says what it wants between two marks (integration/report/page_filler.py):
 
     <!-- benchmark scale -->       the tables of many clients (benchmarks/scale_page.py)
     <!-- end -->
+
+    <!-- benchmark robust -->      what robust weights cost beside the Gram pass
+    <!-- end -->
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +23,12 @@ from typing import Any
 from benchmarks import scale_page
 from benchmarks.stand import results
 from benchmarks.stand.table import duration
+from fedlora_kernels import robust
 from integration.report.page_filler import fill
 
-PARTS = ("claims", "tables", "scale")
+PARTS = ("claims", "tables", "scale", "robust")
+PAGES_OF_THEIR_OWN = {"scale", "robust"}
+"""Suites that have a part of that name"""
 
 Suites = Mapping[str, Mapping[str, Any]]
 """suite -> result document of one device"""
@@ -41,8 +47,10 @@ def filled(page: str, folder: Path, root: str) -> str:
     """
     devices = {path.name: results.read(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     measured = {name: suites for name, suites in devices.items() if suites}
-    # A device on which peers were measured has claims and tables; the suite scale has a page.
-    compared = {name: suites for name, suites in measured.items() if set(suites) - {"scale"}}
+    # A device on which peers were measured has claims and tables.
+    compared = {
+        name: suites for name, suites in measured.items() if set(suites) - PAGES_OF_THEIR_OWN
+    }
     if not measured:
         raise ValueError(f"{folder} holds no results; run `make bench` first")
 
@@ -62,6 +70,12 @@ def filled(page: str, folder: Path, root: str) -> str:
                 f"## Measured: {_device(suites)}\n\n{scale_page.tables(suites['scale'])}"
                 for suites in measured.values()
                 if "scale" in suites
+            )
+        if name == "robust":
+            return "\n\n".join(
+                f"{_device(suites)}:\n\n{robust_weights(suites['robust']['rows'])}"
+                for suites in measured.values()
+                if "robust" in suites
             )
         raise ValueError(f"unknown part {name!r}; known: {', '.join(PARTS)}")
 
@@ -113,6 +127,22 @@ def tables(suites: Suites, figures: Sequence[str]) -> str:
         parts += ["### Every stage", stages]
     parts += [f"{FIGURES[_name(path)]}\n\n![{_name(path)}]({path})" for path in figures]
     return "\n\n".join(part for part in parts if part)
+
+
+def robust_weights(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Times of the suite robust, each with its share of the Gram pass."""
+    columns = blocks(rows)
+    heads = [f"{block[0]['modules']} modules, {_shape(block[0])}" for block in columns]
+    told = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(columns)}"]
+    for same in zip(*columns, strict=True):
+        cells = [
+            duration(row["seconds"])
+            + ("" if row is block[0] else f" ({row['seconds'] / block[0]['seconds']:.1%})")
+            for row, block in zip(same, columns, strict=True)
+        ]
+        name = same[0]["variant"]
+        told.append(f"| {f'`{name}`' if name in robust.names() else name} | {' | '.join(cells)} |")
+    return "\n".join(told)
 
 
 FIGURES = {
@@ -385,6 +415,10 @@ def _blocks(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     if rows[0]["stage"] == "stacked_svd":
         return [block for block in found if any("PEFT" in row["variant"] for row in block)]
     return [max(found, key=lambda block: (block[0]["dtype"] == "fp32", _size(block[0])))]
+
+
+def _shape(row: Mapping[str, Any]) -> str:
+    return f"{row['m']} x {row['n']}, {row['ranks']}, {row['dtype']}"
 
 
 def _size(row: Mapping[str, Any]) -> int:

@@ -97,7 +97,8 @@ class Updates:
 
     def longer(self, limit: Tensor) -> Tensor:
         """Whether ||dW_k|| is above the limit, by more than rounding: [K] bool."""
-        return self.norms > (1 + ROUNDING) ** 0.5 * limit
+        found: Tensor = self.norms > (1 + ROUNDING) ** 0.5 * limit
+        return found
 
     @cached_property
     def squared_distances(self) -> Tensor:

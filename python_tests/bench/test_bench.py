@@ -54,6 +54,7 @@ from benchmarks.suites import (
     gram,
     host,
     rank,
+    robust,
     scale,
     scaling,
     short,
@@ -646,6 +647,20 @@ def test_scale(tmp_path: Path) -> None:
     page = pages.filled(EMPTY_SCALE, tmp_path, "a")
     assert "FedIT's report" in page
     assert "several processes" not in page
+
+
+def test_robust_weights_have_a_table(tmp_path: Path) -> None:
+    stacks = inputs.draw(robust.TINY[0])
+    rows = Run(robust.compare(stacks), CPU, ROOF, rounds=1).measured()
+    results.write(tmp_path, CPU, results.of_rows("robust", CPU, ROOF, rows))
+    page = pages.filled("<!-- benchmark robust -->\n<!-- end -->", tmp_path, "a")
+    case = stacks.case
+    assert f"{case.modules} modules, {case.m} x {case.n}, 4 x 4, fp32" in page
+    shares = re.findall(r"\| `?([\w ]+)`? \| [\d.]+ [mu]?s \(([\d.]+)%\) \|", page)
+    assert [name for name, _ in shares] == ["inner products", *flk.robust.names()]
+    gram, *others = (row.seconds for row in rows)
+    told = [float(share) for _, share in shares]
+    assert told == pytest.approx([100 * other / gram for other in others], abs=0.06)
 
 
 def test_an_optimum_that_is_missed_is_seen(tmp_path: Path) -> None:
