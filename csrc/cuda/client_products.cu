@@ -38,10 +38,22 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int width = of_columns.starts[column + 1] - of_columns.starts[column];
   const int64_t corner = (module * rank + of_rows.starts[row]) * rank + of_columns.starts[column];
   const int64_t entries = static_cast<int64_t>(height) * width;
+  // A step of a warp, as rows and columns: one division a thread, none an entry.
+  const int step_y = 32 / max(width, 1);
+  const int step_x = 32 - step_y * width;
+  int64_t y = lane / max(width, 1);
+  int x = lane % max(width, 1);
   double sum = 0;
+#pragma unroll 4
   for (int64_t entry = lane; entry < entries; entry += 32) {
-    const int64_t at = corner + entry / width * rank + entry % width;
+    const int64_t at = corner + y * rank + x;
     sum = fma(gram_b[at], gram_a[at], sum);
+    y += step_y;
+    x += step_x;
+    if (x >= width) {
+      x -= width;
+      ++y;
+    }
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
