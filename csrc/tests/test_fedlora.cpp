@@ -106,19 +106,24 @@ TEST_CASE("fedlora.h: FLoRIST in one call, and step by step") {
     Matrix gram_a = gram_b;
     flk::gram(problem.of_b(), false, gram_b.data(), {threads});
     flk::gram(problem.of_a(), true, gram_a.data(), {threads});
-    const Matrix scalings = random(kModules, kClients, 7);
+    const Matrix scalings = {0.5, 0.75, -0.25, 0.5, 0.75, -0.25};
     Matrix products = empty(kModules * kClients * kClients);
     flk::client_products(kModules, problem.ranks, gram_b.data(), gram_a.data(), scalings.data(),
                          products.data(), {threads});
     for (int64_t l = 0; l < kModules; ++l) {
-      // Of the first client with itself: the squared norm of its update.
-      const size_t first = static_cast<size_t>(l * kClients);
-      const Matrix update = product(problem.memory[2 * first], problem.memory[2 * first + 1], kM,
-                                    problem.ranks[0] + kGap, kN);
+      // All of a module together are the squared norm of the sum of its clients' updates.
+      Matrix scaled = problem.stacked_b[static_cast<size_t>(l)];
+      for (int64_t i = 0; i < kM * rank; ++i) scaled[i] *= scale[l * rank + i % rank];
       double square = 0;
-      for (const double entry : update) square += entry * entry;
-      square *= scalings[first] * scalings[first];
-      CHECK(std::abs(products[first * kClients] - square) <= 1e-13 * square);
+      for (const double entry :
+           product(scaled, problem.stacked_a[static_cast<size_t>(l)], kM, rank, kN)) {
+        square += entry * entry;
+      }
+      double sum = 0;
+      for (int64_t i = 0; i < kClients * kClients; ++i) {
+        sum += products[l * kClients * kClients + i];
+      }
+      CHECK(std::abs(sum - square) <= 1e-13 * square);
     }
     Matrix sigma = empty(kModules * rank);
     Matrix total = empty(kModules);
