@@ -11,9 +11,13 @@ from the files in integration/results:
     <!-- table accuracy: cpu/iid = IID; cpu/dirichlet-0.1 = Dirichlet 0.1 -->
     <!-- end -->
 
+    <!-- run cpu/iid: loss = Loss; down = MB -->
+    <!-- end -->
+
 The quickstart section is the figure of the errors and the table of a run. In a table `accuracy` is
 one of CELLS, `cpu/iid` a run's folder, `IID` the heading of its column. Rules named after the
-cells, as in `table accuracy fedit florist: ...`, are the only ones shown.
+cells, as in `table accuracy fedit florist: ...`, are the only ones shown. A `run` is a table of one
+run, with a column for each of the cells that are named.
 """
 
 from __future__ import annotations
@@ -57,18 +61,20 @@ def filled(page: str, results: Path = RESULTS, root: Path = ROOT) -> str:
     def table(text: str) -> str:
         head, _, runs_text = text.partition(":")
         name, *rules = head.split()
-        if name not in CELLS:
-            raise ValueError(f"unknown table {name!r}; known: {', '.join(CELLS)}")
-        pairs = (column.partition("=") for column in runs_text.split(";"))
-        runs = {heading.strip(): results / run.strip() for run, _, heading in pairs}
-        return "\n".join(_table(name, rules, runs))
+        runs = {heading: results / run for heading, run in _columns(runs_text)}
+        return "\n".join(_table(_known(name), rules, runs))
+
+    def run(text: str) -> str:
+        folder, _, cells_text = text.partition(":")
+        cells = {heading: CELLS[_known(name)] for heading, name in _columns(cells_text)}
+        return "\n".join(_run(_by_rule(results / folder.strip()), cells))
 
     def quickstart(run: str) -> str:
         place = (results / run / "errors.svg").relative_to(root)
         summary = read_run(results / run).summary
         return f"![Relative error of every rule over the rounds]({place})\n\n{_summary(summary)}"
 
-    return fill(page, {"quickstart": quickstart, "table": table})
+    return fill(page, {"quickstart": quickstart, "table": table, "run": run})
 
 
 def main(pages: Sequence[Path] = PAGES) -> None:
@@ -87,6 +93,27 @@ def _summary(summary: Sequence[Mapping[str, Any]]) -> str:
     rows += [[column.text(entry) for column in shown] for entry in summary]
     head, *lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([head, "|---" + "|---:" * (len(shown) - 1) + "|", *lines])
+
+
+def _columns(text: str) -> Iterator[tuple[str, str]]:
+    """Heading and what is under it, of `what = heading; what = heading`."""
+    for column in text.split(";"):
+        what, _, heading = column.partition("=")
+        yield heading.strip(), what.strip()
+
+
+def _known(name: str) -> str:
+    if name not in CELLS:
+        raise ValueError(f"unknown table {name!r}; known: {', '.join(CELLS)}")
+    return name
+
+
+def _run(rules: Mapping[str, Entry], cells: Mapping[str, Callable[[Entry], str]]) -> Iterator[str]:
+    yield "| | " + " | ".join(cells) + " |"
+    yield "|---" + "|---:" * len(cells) + "|"
+    for rule, entry in rules.items():
+        found = (cell(entry) for cell in cells.values())
+        yield f"| {flk.rules.find(rule).title} | " + " | ".join(found) + " |"
 
 
 def _table(name: str, rules: Sequence[str], runs: Mapping[str, Path]) -> Iterator[str]:

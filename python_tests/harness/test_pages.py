@@ -59,6 +59,20 @@ def test_the_learning_rate_and_the_seeds_of_a_rule(run):
     ]
 
 
+def test_a_run_with_a_column_for_each_cell(run):
+    page = "<!-- run run: accuracy = right; seeds = of seeds -->\n<!-- end -->\n"
+    text = filled(page, run.parent)
+    assert text.splitlines()[2:6] == [
+        "| | right | of seeds |",
+        "|---|---:|---:|",
+        "| FedIT | 0.750 \u00b1 0.635 ~ | 1 |",
+        "| FedSA-LoRA | 0.645 \u00b1 0.572 | 1 |",
+    ]
+    assert filled(text, run.parent) == text
+    with pytest.raises(ValueError, match="unknown table 'speed'; known: accuracy, "):
+        filled("<!-- run run: speed = fast -->\n<!-- end -->", run.parent)
+
+
 def test_rules_by_name(run):
     page = "<!-- table rank fedsa: run = Run -->\n<!-- end -->"
     assert "FedSA-LoRA" in filled(page, run.parent)
