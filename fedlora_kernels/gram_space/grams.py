@@ -18,6 +18,7 @@ from fedlora_kernels import ops
 from fedlora_kernels.adapters.error import AdapterError
 from fedlora_kernels.gram_space.batches import Batch
 from fedlora_kernels.ops._spectrum import magnitude, negligible, right_of_left
+from fedlora_kernels.ops.product import product
 
 TILE = 1 << 18
 """Entries of a matrix that are looked at together, 2 MiB: large matrices leave no copies."""
@@ -219,17 +220,17 @@ class Grams:
         """
         stacked_rank, rank = x.shape[1:]
         if 3 * rank < 2 * stacked_rank:
-            b_x, y_a = self.b @ x, y @ self.a
+            b_x, y_a = product(self.b, x), product(y, self.a)
             total = torch.zeros_like(self.scale[:, 0])
             for rows in self._tiles():
                 left = self.b[:, rows] * self.scale[:, None, :]
-                left.baddbmm_(b_x[:, rows], y, alpha=-1)
+                left -= product(b_x[:, rows], y)
                 right = self.scale[:, rows, None] * self.a[:, rows]
-                right.baddbmm_(x[:, rows], y_a, alpha=-1)
+                right -= product(x[:, rows], y_a)
                 total += left.mul_(right).sum((-2, -1))
             return total.clamp_min(0)
-        gap = torch.baddbmm(torch.diag_embed(self.scale), x, y, alpha=-1)
-        return (self.b @ gap).mul_(gap @ self.a).sum((-2, -1)).clamp_min(0)
+        gap = torch.diag_embed(self.scale) - product(x, y)
+        return product(self.b, gap).mul_(product(gap, self.a)).sum((-2, -1)).clamp_min(0)
 
     def _tiles(self) -> Iterator[slice]:
         """The rows of the matrices, a tile at a time."""
@@ -248,7 +249,8 @@ class Grams:
         total = torch.zeros_like(diagonal[:, 0])
         for rows in self._tiles():
             products = self.b[:, rows] * self.a[:, rows]
-            total += (diagonal[:, None, rows] @ products @ diagonal[:, :, None]).flatten()
+            by_column = product(diagonal[:, None, rows], products)
+            total += product(by_column, diagonal[:, :, None]).flatten()
         return total
 
     @cached_property

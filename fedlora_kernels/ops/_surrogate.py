@@ -28,6 +28,7 @@ from torch import Tensor
 from fedlora_kernels import reference
 from fedlora_kernels.ops import checks
 from fedlora_kernels.ops.operator import Operator
+from fedlora_kernels.ops.product import decomposed, product
 
 MAX_SWEEPS = 50
 TOLERANCE = 1e-12
@@ -192,20 +193,20 @@ def blocks(gram: Tensor, clients: int) -> Tensor:
 def cross_products(blocks_b: Tensor, blocks_a: Tensor, weights: Tensor) -> Tensor:
     """M_uv = sum_k w_k <G_B^{ku}, G_A^{kv}>, [L,K,K]."""
     weighted = blocks_b * weights[:, None, None, None]
-    return weighted.transpose(1, 2).flatten(2) @ blocks_a.transpose(1, 2).flatten(2).mT
+    return product(weighted.transpose(1, 2).flatten(2), blocks_a.transpose(1, 2).flatten(2).mT)
 
 
 def _quadratic(flat: Tensor, mixing: Tensor) -> Tensor:
     """S = sum_{vv'} p_v p_v' G^{vv'} for each start, [L,2,r*r]."""
     outer = mixing[:, :, :, None] * mixing[:, :, None, :]
-    return outer.flatten(2) @ flat
+    return product(outer.flatten(2), flat)
 
 
 def _objective(
     total: Tensor, cross: Tensor, flat_b: Tensor, flat_a: Tensor, p: Tensor, q: Tensor
 ) -> Tensor:
     """f(p, q) for each start, [L,2]."""
-    linear = ((q @ cross) * p).sum(-1)
+    linear = (product(q, cross) * p).sum(-1)
     square = (_quadratic(flat_b, q) * _quadratic(flat_a, p)).sum(-1)
     return (total - 2 * linear + square).clamp_min(0)
 
@@ -225,20 +226,23 @@ def _step(
     16 K eps of the largest are noise. Where only some moves are allowed, the step is among those.
     """
     modules, starts, clients = other.shape
-    normal = (_quadratic(other_flat, other) @ flat.mT).view(modules, starts, clients, clients)
-    right = other @ cross.mT
+    normal = product(_quadratic(other_flat, other), flat.mT).reshape(
+        modules, starts, clients, clients
+    )
+    right = product(other, cross.mT)
     if moves is not None:
-        right = (right - (normal @ before[..., None])[..., 0]) @ moves
-        normal = moves.mT @ normal @ moves
+        right = product(right - product(normal, before[..., None])[..., 0], moves)
+        normal = product(product(moves.mT, normal), moves)
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     unit = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
     normal = unit[..., :, None] * normal * unit[..., None, :]
-    values, vectors = torch.linalg.eigh((normal + normal.mT) / 2)
+    values, vectors = decomposed(torch.linalg.eigh, (normal + normal.mT) / 2)
     noise = 16 * clients * torch.finfo(torch.float64).eps * values[..., -1:]
     inverse = torch.where(values > noise, 1 / values, 0)
-    solved: Tensor = vectors @ (inverse[..., None] * (vectors.mT @ (unit * right)[..., None]))
+    along = product(vectors.mT, (unit * right)[..., None])
+    solved = product(vectors, inverse[..., None] * along)
     step = unit * solved[..., 0]
-    return step if moves is None else before + step @ moves.mT
+    return step if moves is None else before + product(step, moves.mT)
 
 
 def _fake(

@@ -55,16 +55,17 @@ class FedEx(Rule):
 
         from fedlora_kernels import ops
         from fedlora_kernels.gram_space.coefficients import Product, leading
+        from fedlora_kernels.ops.product import product
 
-        gap = torch.diag_embed(grams.scale) - averages.x @ averages.y
+        gap = torch.diag_embed(grams.scale) - product(averages.x, averages.y)
         if self.residual_rank is None:
             identity = torch.eye(gap.shape[1], dtype=gap.dtype, device=gap.device)
             return Product(identity.expand_as(gap), gap, grams.same_rank(gap.shape[1]))
         # The residual is B (E A): the same factorization with E A in the place of A.
         ones = torch.ones_like(grams.scale)
-        _, _, left, right, _ = ops.spectrum(grams.b, gap @ grams.a @ gap.mT, ones)
+        _, _, left, right, _ = ops.spectrum(grams.b, product(product(gap, grams.a), gap.mT), ones)
         ranks = grams.same_rank(min(self.residual_rank, grams.full_rank))
-        return leading(left, right @ gap, ranks)
+        return leading(left, product(right, gap), ranks)
 
     def widest(self, ranks: Sequence[int], size: tuple[int, int]) -> int:
         """The averages' rank and the residual's: r + R, or r + residual_rank where that is less."""

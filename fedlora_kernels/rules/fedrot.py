@@ -74,16 +74,20 @@ class FedRot(Rule):
         """R_k of the products A_k A^T or B_k^T B, [L,K,r,r]."""
         import torch
 
-        left, _, right = torch.linalg.svd(products)
-        flipped = torch.linalg.det(left @ right) < 0
+        from fedlora_kernels.ops.product import decomposed, product
+
+        left, _, right = decomposed(torch.linalg.svd, products)
+        flipped = torch.linalg.det(product(left, right)) < 0
         last = torch.ones_like(left[..., 0])
         last[..., -1] = torch.where(flipped, -1.0, 1.0)
         identity = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
-        there = (left * last[..., None, :]) @ right
-        left, _, right = torch.linalg.svd((1 - self.softness) * identity + self.softness * there)
+        there = product(left * last[..., None, :], right)
+        left, _, right = decomposed(
+            torch.linalg.svd, (1 - self.softness) * identity + self.softness * there
+        )
         # A client without an update has no direction to rotate.
         zero = (products == 0).all(-1).all(-1)[..., None, None]
-        return identity.where(zero, left @ right)
+        return identity.where(zero, product(left, right))
 
     def joins(self, carried: Any) -> Sequence[tuple[Adapter, float]]:
         """The last global adapter, with weight 0."""

@@ -49,6 +49,7 @@ class FedSVD(Rule):
         import torch
 
         from fedlora_kernels.gram_space.coefficients import Mixture, Product, Solution
+        from fedlora_kernels.ops.product import decomposed, product
 
         self.equal_rank(grams)
         rank = grams.ranks[0]
@@ -57,21 +58,24 @@ class FedSVD(Rule):
         ones = torch.ones_like(grams.scalings[:, 0])
         mean = Mixture(grams.weights * grams.scalings, first, ones, rank)
         # Rows of A of length 1 first: A and B of one rank may be of very different size.
-        inner = mean.y @ grams.a @ mean.y.mT
+        inner = product(product(mean.y, grams.a), mean.y.mT)
         length = inner.diagonal(dim1=-2, dim2=-1).sqrt()
         inverse = (1 / length).where(length > 0, 0)
         x, y = mean.x * length[:, None, :], inverse[:, :, None] * mean.y
         # A = T V_A^T and B T = U S W^T: A's own directions stay where B is zero, so that the next
         # round can train them.
-        values, basis = torch.linalg.eigh(inverse[:, :, None] * inner * inverse[:, None, :])
+        values, basis = decomposed(
+            torch.linalg.eigh, inverse[:, :, None] * inner * inverse[:, None, :]
+        )
         values = values.where(values > 4 * rank * torch.finfo(values.dtype).eps, 0)
         root = values.sqrt()
         into = basis * root[:, None, :]
         back = basis.mT * (1 / root).where(root > 0, 0)[:, :, None]
-        x = x @ into
-        _, turned = torch.linalg.eigh(x.mT @ grams.b @ x)
+        x = product(x, into)
+        _, turned = decomposed(torch.linalg.eigh, product(product(x.mT, grams.b), x))
         turned = turned.flip(-1)
-        return Solution(Product(x @ turned, turned.mT @ back @ y, grams.same_rank(rank)))
+        y = product(product(turned.mT, back), y)
+        return Solution(Product(product(x, turned), y, grams.same_rank(rank)))
 
     def validate(self, adapters: Sequence[Adapter]) -> None:
         """Refuse clients whose A differs from the first client's.

@@ -217,7 +217,6 @@ class _Problem:
 
 
 def _problem(grams: Grams) -> _Problem:
-    import torch
 
     from fedlora_kernels.ops._surrogate import Bilinear, blocks, cross_products
 
@@ -226,7 +225,7 @@ def _problem(grams: Grams) -> _Problem:
     blocks_a = blocks(grams.a, len(grams.ranks))
     cross = cross_products(blocks_b, blocks_a, grams.weights)
     total = (grams.weights * cross.diagonal(dim1=-2, dim2=-1)).sum(-1, keepdim=True)
-    own = torch.einsum("lkkij,lkkij->lk", blocks_b, blocks_a).clamp_min(0).sqrt()
+    own = (blocks_b * blocks_a).sum((-2, -1)).diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     factor_b, factor_a = _of_means(grams)
     flat_b, flat_a = (each.flatten(1, 2).flatten(2) for each in (blocks_b, blocks_a))
     bilinear = Bilinear(
@@ -269,6 +268,7 @@ class _Sum:
         import torch
 
         from fedlora_kernels.gram_space.exact_sum import ExactSum
+        from fedlora_kernels.ops.product import product
 
         batch = grams.batch
         clients = torch.tensor(batch.clients)
@@ -289,7 +289,7 @@ class _Sum:
                 count,
                 ExactSum(total[0]),
                 of_all(cross),
-                of_all((b @ a.mT).view([len(clients)] * 4)),
+                of_all(product(b[None], a.mT[None]).view([len(clients)] * 4)),
             )
             found = one if found is None else found + one
         assert found is not None

@@ -47,18 +47,19 @@ class FLoRG(Rule):
         import torch
 
         from fedlora_kernels.gram_space.coefficients import Product, Solution, common_scaling
+        from fedlora_kernels.ops.product import decomposed, product
 
         self.equal_rank(grams)
         rank = grams.ranks[0]
         total = grams.weights.sum()
         share = (grams.weights / total.where(total > 0, 1)).sqrt()[grams.batch.owner]
-        _, vectors = torch.linalg.eigh(share[:, None] * grams.a * share)
+        _, vectors = decomposed(torch.linalg.eigh, share[:, None] * grams.a * share)
         leading = vectors[:, :, -rank:].flip(-1)
         y = leading.mT * share
         if 0 < len(grams.batch.client_ranks) < len(grams.ranks):
             self.carried_rank(grams)
-            turn = _polar(grams.a[:, -rank:] @ y.mT)
-            leading, y = leading @ turn.mT, turn @ y
+            turn = _polar(product(grams.a[:, -rank:], y.mT))
+            leading, y = product(leading, turn.mT), product(turn, y)
         scaling, folded = common_scaling(grams)
         x = (folded[:, grams.batch.owner] * share * total)[:, :, None] * leading
         return Solution(Product(scaling[:, None, None] * x, y, grams.same_rank(rank), scaling))
@@ -76,6 +77,7 @@ def _polar(products: Tensor) -> Tensor:
     """The orthogonal matrix nearest to each, [L,r,r]."""
     import torch
 
-    left, _, right = torch.linalg.svd(products)
-    nearest: Tensor = left @ right
-    return nearest
+    from fedlora_kernels.ops.product import decomposed, product
+
+    left, _, right = decomposed(torch.linalg.svd, products)
+    return product(left, right)

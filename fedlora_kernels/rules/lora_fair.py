@@ -63,22 +63,23 @@ class LoRAFAIR(Rule):
         import torch
 
         from fedlora_kernels.gram_space.coefficients import Product, Solution, mean
+        from fedlora_kernels.ops.product import decomposed, product
 
         self.equal_rank(grams)
         averages = mean(grams)
         scaling = averages.scaling[:, None, None]
         x, y = averages.x / scaling, averages.y
-        inner = y @ grams.a @ y.mT
-        lengths, basis = torch.linalg.eigh((inner + inner.mT) / 2)
+        inner = product(product(y, grams.a), y.mT)
+        lengths, basis = decomposed(torch.linalg.eigh, (inner + inner.mT) / 2)
         noise = grams.stacked_rank * torch.finfo(torch.float64).eps * lengths[:, -1:]
         lengths = lengths.where(lengths > noise, 0)
-        target = (grams.scale[:, :, None] * grams.a @ y.mT / scaling) @ basis
+        target = product(product(grams.scale[:, :, None] * grams.a, y.mT) / scaling, basis)
         target = target.where(lengths[:, None, :] > 0, 0)
-        columns = x @ basis
+        columns = product(x, basis)
         t, v = self._numbers(grams, lengths, target, columns, averages.scaling)
         weights = (1 / (lengths + v)).where(lengths > 0, 0)[:, None, :]
         correction = (t[:, None, :] * target - lengths[:, None, :] * columns) * weights
-        x = x + correction @ basis.mT
+        x = x + product(correction, basis.mT)
         ranks = grams.same_rank(grams.ranks[0])
         return Solution(Product(x * scaling, y, ranks, averages.scaling))
 
@@ -88,8 +89,10 @@ class LoRAFAIR(Rule):
         """t and v of every module, [L,1] each."""
         import torch
 
+        from fedlora_kernels.ops.product import product
+
         def inner(one: Tensor, other: Tensor) -> Tensor:
-            return (one * (grams.b @ other)).sum(1)
+            return (one * product(grams.b, other)).sum(1)
 
         size = (grams.energy.sqrt() / scaling.abs())[:, None]
         ridge = torch.ones_like(size), torch.full_like(size, self.penalty)

@@ -34,6 +34,9 @@ def _folder(tmp_path: Path) -> Path:
     """Clients of all kinds, good and bad."""
     clients(tmp_path / "own")
     clients(tmp_path / "common", common_a=True)
+    # Of odd matrices one behind the other, most do not begin on a cache line.
+    clients(tmp_path / "odd" / "own", ranks=(3, 3, 3))
+    clients(tmp_path / "odd" / "common", ranks=(3, 3, 3), common_a=True)
     clients(tmp_path / "absent", absent={1: ["layers.0.down"], 2: ["layers.1.q", "layers.2.q"]})
     clients(tmp_path / "one", sizes={"layers.0.q": (24, 17)})
     clients(tmp_path / "missing")

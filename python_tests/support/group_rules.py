@@ -101,6 +101,8 @@ def rules(group: Any, folder: Path, options_of_all: Mapping[str, Any]) -> dict[s
 def main() -> None:
     group, folder = joined()
     differ = rules(group, folder, {"weights": (50, 20, 30)})
+    odd = rules(group, folder / "odd", {"weights": (50, 20, 30)})
+    differ |= {f"odd ranks: {case}": wrong for case, wrong in odd.items()}
     limited = {"memory_limit": 1, "scratch": str(folder), "weights": (1, 0, 2)}
     own = sorted((folder / "own").iterdir())
     differ["a memory limit"], _ = compared(group, own, "florist", energy=1.0, **limited)
