@@ -4,6 +4,7 @@ The test starts them with :func:`started`; the script that each runs begins with
 """
 
 import atexit
+import gc
 import os
 import subprocess
 import sys
@@ -29,8 +30,20 @@ def joined() -> tuple[Any, Path]:
         world_size=int(size),
         timeout=timedelta(seconds=float(timeout)),
     )
-    atexit.register(dist.destroy_process_group)  # its threads end before the interpreter does
+    atexit.register(_left)
     return dist.group.WORLD, Path(folder)
+
+
+def _left() -> None:
+    """End the group's threads before the interpreter ends: one that waits for the interpreter's
+    lock then, to give up a tensor of the last message, aborts the process.
+
+    Errors that were caught may still hold the group, in cycles of frames.
+    """
+    import torch.distributed as dist
+
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def started(script: str, size: int, folder: Path, timeout: float = 60.0) -> list[Process]:
