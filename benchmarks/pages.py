@@ -377,8 +377,7 @@ def _stages(suites: Suites) -> Iterator[str]:
             family = "" if ours["family"] == "shared_start" else f", {ours['family']}"
             yield (
                 f"| {ours['variant'] if stage == 'aggregate' else stage} | {ours['model']} "
-                f"{ours['module']} {modules}{ours['m']} x {ours['n']}, {ours['ranks']}, "
-                f"{ours['dtype']}{family} | {duration(ours['seconds'])} "
+                f"{ours['module']} {modules}{_shape(ours)}{family} | {duration(ours['seconds'])} "
                 f"| {ours['share_of_floor']:.0%} | {beside} | {times} |"
             )
     yield ""

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +108,20 @@ def _known(name: str) -> str:
     return name
 
 
+def _head(headings: Collection[str]) -> Iterator[str]:
+    yield "| | " + " | ".join(headings) + " |"
+    yield "|---" + "|---:" * len(headings) + "|"
+
+
 def _run(rules: Mapping[str, Entry], cells: Mapping[str, Callable[[Entry], str]]) -> Iterator[str]:
-    yield "| | " + " | ".join(cells) + " |"
-    yield "|---" + "|---:" * len(cells) + "|"
+    yield from _head(cells)
     for rule, entry in rules.items():
         found = (cell(entry) for cell in cells.values())
         yield f"| {flk.rules.find(rule).title} | " + " | ".join(found) + " |"
 
 
 def _table(name: str, rules: Sequence[str], runs: Mapping[str, Path]) -> Iterator[str]:
-    yield "| | " + " | ".join(runs) + " |"
-    yield "|---" + "|---:" * len(runs) + "|"
+    yield from _head(runs)
     summaries = [_by_rule(run) for run in runs.values()]
     for rule in rules or dict.fromkeys(rule for column in summaries for rule in column):
         cells = (CELLS[name](column[rule]) if rule in column else "" for column in summaries)
